@@ -1,0 +1,43 @@
+"""Alignment by human feedback as components for PyTorch Lightning."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_lightning.data import PPODataModule, RewardDataModule, SFTDataModule
+    from rlhf_lightning.errors import InputError
+    from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
+    from rlhf_lightning.networks import NetworkConfig
+
+__all__ = [
+    "InputError",
+    "NetworkConfig",
+    "PPODataModule",
+    "PPOModule",
+    "RewardDataModule",
+    "RewardModule",
+    "SFTDataModule",
+    "SFTModule",
+]
+
+# The names are imported at their first use (PEP 562): `rlhf --help` must not wait for torch.
+_HOMES = {
+    "InputError": "errors",
+    "NetworkConfig": "networks",
+    "PPODataModule": "data",
+    "PPOModule": "modules",
+    "RewardDataModule": "data",
+    "RewardModule": "modules",
+    "SFTDataModule": "data",
+    "SFTModule": "modules",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""The command `rlhf`: one verb for each root config in `conf/`."""

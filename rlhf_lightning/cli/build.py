@@ -1,0 +1,46 @@
+"""From checked settings to objects."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from rlhf_lightning.cli.checks import Config, is_reward_function, target_nodes
+from rlhf_lightning.errors import InputError
+
+
+def build(path: str, node: Config, **arguments: Any) -> Any:
+    """Return the object that the node at ``path`` of the config describes.
+
+    A reward that names a plain function becomes that function with its other settings bound. Raises `InputError` where
+    a constructor refuses its settings.
+    """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    for place, part in target_nodes(node, path):
+        if is_reward_function(place, part):
+            part["_partial_"] = True
+    try:
+        return instantiate(node, _convert_="all", **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError | MisconfigurationException | ModuleNotFoundError):
+            raise InputError(f"{path}: {error.__cause__}") from error
+        raise
+
+
+def build_all(path: str, nodes: Config | None) -> dict[str, Any]:
+    """Return the objects of a node of named nodes, those that are null left out; one node alone counts as named ''."""
+    if nodes is None:
+        return {}
+    named: Mapping[str, Config | None] = {"": nodes} if "_target_" in nodes else nodes
+    return {
+        name: build(f"{path}.{name}".rstrip("."), node) for name, node in named.items() if node is not None
+    }
+
+
+def check_exists(setting: str, path: str) -> None:
+    """Raise `InputError`, naming the setting, where there is no file or folder at ``path``."""
+    if not Path(path).exists():
+        raise InputError(f"{setting}={path} does not exist (seen from {Path.cwd()})")

@@ -1,0 +1,193 @@
+"""`rlhf evaluate`: policies on held-out prompts, a reward model on held-out comparisons."""
+
+import json
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from rlhf_lightning.cli.build import build
+from rlhf_lightning.cli.checks import Config, check, plain
+from rlhf_lightning.cli.console import quieten_libraries
+from rlhf_lightning.cli.generate import SAMPLING_KEYS, check_sampling, device_of, write_rows
+from rlhf_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from rlhf_lightning.data.reading import Row
+    from rlhf_lightning.evaluation.policies import Answers
+
+ROOT_KEYS = [
+    "seed",
+    "data_root",
+    "output_dir",
+    "policies",
+    "data",
+    "reward",
+    "metric",
+    "reward_data",
+    "dtype",
+    "samples_shown",
+    *SAMPLING_KEYS,
+]
+
+
+def run(config: DictConfig) -> None:
+    """Write evaluation.json and responses.jsonl, and print the same as a table with samples."""
+    settings = plain(config)
+    check(settings, known=ROOT_KEYS)
+    check_sampling(settings)
+    policies = {name: model for name, model in settings["policies"].items() if model is not None}
+    if not policies and settings["reward_data"]["path"] is None:
+        raise InputError("nothing to evaluate: pass policies.NAME=FOLDER and data.path=FILE, or reward_data.path=FILE")
+    if isinstance(settings["reward"], dict):
+        settings["reward"] = build("reward", settings["reward"])
+    metric = metric_of(settings) if policies else None
+    quieten_libraries()
+    folder = Path(settings["output_dir"])
+    evaluation: Config = {"seed": settings["seed"]}
+    if settings["reward_data"]["path"] is not None:
+        evaluation["reward_model"] = reward_accuracy(settings)
+    if metric is not None:
+        evaluation |= {"metric": metric, "policies": evaluate_policies(settings, policies, metric, folder)}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+    say(evaluation, folder)
+
+
+def metric_of(settings: Config) -> str:
+    """Return "reward" or "rouge_l"; raises `InputError` where what it needs is not given."""
+    metric = settings["metric"]
+    if metric is None:
+        metric = "rouge_l" if settings["reward"] is None else "reward"
+    if metric not in ("reward", "rouge_l"):
+        raise InputError(f"metric={metric} must be reward or rouge_l")
+    if metric == "reward" and settings["reward"] is None:
+        raise InputError("metric=reward needs a reward: pass reward=FOLDER or reward=file.py:function")
+    return str(metric)
+
+
+def evaluate_policies(settings: Config, policies: dict[str, str], metric: str, folder: Path) -> Config:
+    """Return the mean score of each policy with its 95 % interval, and write all responses."""
+    from rlhf_lightning.cli.prompts import read_prompts
+
+    rows = read_prompts(settings["data"])
+    references = references_of(rows) if metric == "rouge_l" else None
+    results: Config = {}
+    written: list[Config] = [{"prompt": row.fields["prompt"]} for row in rows]
+    for name, model in policies.items():
+        answers = answers_of(model, rows, settings, metric)
+        scores = answers.scores if references is None else rouge_l(answers.responses, references)
+        assert scores is not None
+        results[name] = {"score": mean_and_interval(scores), "ended": fmean(answers.ended), "prompts": len(rows)}
+        for row, response, score in zip(written, answers.responses, scores, strict=True):
+            row[name] = {"response": response, "score": score}
+    write_rows(folder / "responses.jsonl", written)
+    _show_samples(written[: settings["samples_shown"]])
+    return results
+
+
+def answers_of(model: str, rows: "list[Row]", settings: Config, metric: str) -> "Answers":
+    """Return the responses that a policy samples to the rows, scored where the metric is a reward."""
+    from rlhf_lightning.cli.prompts import prompt_batches
+    from rlhf_lightning.evaluation.policies import answer
+    from rlhf_lightning.networks import NetworkConfig, load_policy, load_tokenizer
+    from rlhf_lightning.rollout.reward import load_reward
+
+    network = NetworkConfig(model, dtype=settings["dtype"])
+    tokenizer = load_tokenizer(network)
+    device = device_of(settings)
+    policy: Any = load_policy(network)
+    return answer(
+        policy.to(device),
+        tokenizer,
+        prompt_batches(
+            rows, tokenizer, prompt_template=settings["prompt_template"], batch_size=settings["batch_size"]
+        ),
+        max_new_tokens=settings["max_new_tokens"],
+        temperature=settings["temperature"],
+        seed=settings["seed"],
+        reward=load_reward(settings["reward"], tokenizer).to(device) if metric == "reward" else None,
+    )
+
+
+def references_of(rows: "list[Row]") -> list[list[str]]:
+    """Return the reference responses of each row, its `references` or its `response`; raises `InputError` without."""
+    found = []
+    for row in rows:
+        if "references" in row.fields:
+            found.append(list(row.fields["references"]))
+        elif "response" in row.fields:
+            found.append([row.fields["response"]])
+        else:
+            raise InputError(f"{row.origin}: metric=rouge_l needs a response to compare with, or references")
+    return found
+
+
+def rouge_l(responses: list[str], references: list[list[str]]) -> list[float]:
+    """Return the ROUGE-L F measure of each response with the nearest of its references (Lin 2004), 0 to 1."""
+    from torchmetrics.functional.text import rouge_score
+
+    return [
+        float(rouge_score([response], [texts], rouge_keys="rougeL", accumulate="best")["rougeL_fmeasure"])
+        for response, texts in zip(responses, references, strict=True)
+    ]
+
+
+def reward_accuracy(settings: Config) -> Config:
+    """Return how often the reward model prefers the better response of a pair, ties counted half."""
+    if not isinstance(settings["reward"], str) or ":" in settings["reward"]:
+        raise InputError("reward_data.path measures a reward model: pass reward=FOLDER or a hub name")
+    from rlhf_lightning.cli.prompts import comparison_batches
+    from rlhf_lightning.evaluation.evidence import margins
+    from rlhf_lightning.modules import RewardModule
+    from rlhf_lightning.networks import NetworkConfig
+
+    module = RewardModule(NetworkConfig(settings["reward"], dtype=settings["dtype"]))
+    module = module.to(device_of(settings)).eval()
+    batches = comparison_batches(
+        settings["reward_data"]["path"],
+        module.required_tokenizer,
+        prompt_template=settings["prompt_template"],
+        batch_size=settings["batch_size"],
+    )
+    found = margins(module, [batch.to(module.device) for batch in batches])
+    wins = [1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in found]
+    return {"accuracy": mean_and_interval(wins), "margin": fmean(found), "pairs": len(found)}
+
+
+def mean_and_interval(values: list[float]) -> Config:
+    """Return the mean with its normal 95 % interval."""
+    mean = fmean(values)
+    half = 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def say(evaluation: Config, folder: Path) -> None:
+    """Print what was measured, and where it is written."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if "policies" in evaluation:
+        table = Table("policy", evaluation["metric"], "95 %", "with an end token", "prompts")
+        for name, result in evaluation["policies"].items():
+            table.add_row(
+                name, *_columns(result["score"]), f"{result['ended']:.0%}", str(result["prompts"])
+            )
+        console.print(table)
+    if "reward_model" in evaluation:
+        mean, interval = _columns(evaluation["reward_model"]["accuracy"])
+        console.print(f"reward model: accuracy {mean} ({interval}) on {evaluation['reward_model']['pairs']} pairs")
+    console.print(f"written to {folder}", soft_wrap=True)
+
+
+def _columns(interval: Config) -> tuple[str, str]:
+    return f"{interval['mean']:.3f}", f"{interval['low']:.3f} to {interval['high']:.3f}"
+
+
+def _show_samples(rows: list[Config]) -> None:
+    for row in rows:
+        print(f"\n{row['prompt']}")
+        for name in list(row)[1:]:
+            print(f"  {name} ({row[name]['score']:.2f}): {row[name]['response']}")

@@ -1,0 +1,89 @@
+"""`rlhf generate`: sample responses of a policy."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from rlhf_lightning.cli.build import build
+from rlhf_lightning.cli.checks import Config, check, plain
+from rlhf_lightning.cli.console import quieten_libraries
+from rlhf_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from rlhf_lightning.data.reading import Row
+
+SAMPLING_KEYS = ["max_new_tokens", "temperature", "batch_size", "prompt_template", "device"]
+ROOT_KEYS = ["seed", "data_root", "output_dir", "network", "out", "prompt", "data", *SAMPLING_KEYS]
+
+
+def run(config: DictConfig) -> None:
+    """Write a row with prompt and response for each prompt; print the response to a single one."""
+    settings = plain(config)
+    check(settings, known=ROOT_KEYS)
+    check_sampling(settings)
+    if (settings["prompt"] is None) == (settings["data"]["path"] is None):
+        raise InputError('one of prompt="..." and data.path=FILE is required, and not both')
+    rows = _rows(settings)
+    quieten_libraries()
+    responses = _responses(settings, rows)
+    out = Path(settings["out"])
+    write_rows(out, [{**row.fields, "response": text} for row, text in zip(rows, responses, strict=True)])
+    if settings["prompt"] is not None:
+        print(responses[0])
+    print(f"\n{len(responses)} responses are in {out}")
+
+
+def check_sampling(settings: Config) -> None:
+    """Raise `InputError` where a setting of sampling is out of its range, or the device is not there."""
+    for key in ("max_new_tokens", "batch_size"):
+        if not isinstance(settings[key], int) or settings[key] < 1:
+            raise InputError(f"{key}={settings[key]} must be a whole number, at least 1")
+    temperature = settings["temperature"]
+    if not isinstance(temperature, int | float) or temperature < 0:
+        raise InputError(f"temperature={temperature} must be a number, 0 or more")
+
+
+def device_of(settings: Config) -> str:
+    """Return the device to sample on: the one that is named, or the first GPU, or the CPU."""
+    import torch
+
+    if settings["device"] != "auto":
+        return str(settings["device"])
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def write_rows(path: Path, rows: list[Config]) -> None:
+    """Write one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _rows(settings: Config) -> "list[Row]":
+    from rlhf_lightning.cli.prompts import read_prompts
+    from rlhf_lightning.data.reading import Row
+
+    if settings["prompt"] is not None:
+        return [Row({"prompt": settings["prompt"]}, "prompt")]
+    return read_prompts(settings["data"])
+
+
+def _responses(settings: Config, rows: "list[Row]") -> list[str]:
+    from rlhf_lightning.cli.prompts import prompt_batches
+    from rlhf_lightning.evaluation.policies import answer
+    from rlhf_lightning.networks import load_policy, load_tokenizer
+
+    network = build("network", settings["network"])
+    tokenizer = load_tokenizer(network)
+    batches = prompt_batches(
+        rows, tokenizer, prompt_template=settings["prompt_template"], batch_size=settings["batch_size"]
+    )
+    return answer(
+        load_policy(network).to(device_of(settings)),  # type: ignore[arg-type]
+        tokenizer,
+        batches,
+        max_new_tokens=settings["max_new_tokens"],
+        temperature=settings["temperature"],
+        seed=settings["seed"],
+    ).responses

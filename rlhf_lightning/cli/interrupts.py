@@ -1,0 +1,44 @@
+"""What is said when a run is stopped: what is kept, and the command that goes on from there."""
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+CTRL_C = 130
+TERMINATED = 143
+
+
+class Stopped(BaseException):
+    """A run was stopped from outside; ``hint`` says what is kept and how to go on."""
+
+    def __init__(self, hint: str, exit_code: int) -> None:
+        super().__init__(hint)
+        self.hint = hint
+        self.exit_code = exit_code
+
+
+@contextmanager
+def resumable(hint: Callable[[], str]) -> Iterator[None]:
+    """Say the text of ``hint`` when the block is stopped by Ctrl-C or by SIGTERM.
+
+    Lightning answers Ctrl-C with ``sys.exit(1)`` and SIGTERM with a subclass of ``SystemExit``: both lose the exit
+    code that a shell expects. An inner ``resumable`` has the last word.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Stopped(hint(), CTRL_C) from stop
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise Stopped(hint(), CTRL_C) from stop
+        if type(stop).__name__ == "SIGTERMException":
+            raise Stopped(hint(), TERMINATED) from stop
+        raise
+
+
+def this_command(*more: str) -> str:
+    """Return the command line that repeats this job in the same output directory, with ``more`` overrides."""
+    changed = {override.split("=")[0] for override in more}
+    kept = [argument for argument in sys.argv[1:] if argument.split("=")[0] not in changed]
+    return shlex.join(["rlhf", *kept, *more])

@@ -1,0 +1,88 @@
+"""A stage of the pipeline: run once, recorded when it is complete, skipped when it is met again."""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from rlhf_lightning.cli.checks import Config
+from rlhf_lightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of complete stages, one JSON file each below ``folder``."""
+
+    folder: Path
+
+    def path(self, stage: str) -> Path:
+        """Return where the record of a stage lies."""
+        return self.folder / f"{stage}.json"
+
+    def read(self, stage: str) -> Config | None:
+        """Return the record of a complete stage, None where the stage is not complete."""
+        path = self.path(stage)
+        return cast(Config, json.loads(path.read_text("utf-8"))) if path.exists() else None
+
+    def write(self, stage: str, record: Config) -> None:
+        """Write the record whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.path(stage).with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=1), "utf-8")
+        os.replace(partial, self.path(stage))
+
+
+def run_stage(records: Records, stage: str, settings: Config, body: Callable[[], Config]) -> Config:
+    """Return the record of a stage: the stored one, or that of running ``body``, whose result is its ``result``.
+
+    Raises `InputError` where the stage was completed with other settings: nothing of another run is mixed in silently.
+    """
+    # As it will be read back: tuples are lists there.
+    settings = json.loads(json.dumps(settings))
+    stored = records.read(stage)
+    if stored is not None:
+        _check_same(records, stage, stored["settings"], settings)
+        print(f"\n=== {stage}: complete already, skipped", flush=True)
+        return stored
+    print(f"\n=== {stage}", flush=True)
+    start = time.perf_counter()
+    result = body()
+    record = {
+        "stage": stage,
+        "seconds": round(time.perf_counter() - start, 2),
+        "peak_memory_gb": peak_memory_gb(),
+        "settings": settings,
+        "result": result,
+    }
+    records.write(stage, record)
+    return record
+
+
+def peak_memory_gb() -> float:
+    """Return the largest resident memory that this process has had, in GB of 10^9 bytes."""
+    # Linux counts in units of 1024 bytes, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+
+def _check_same(records: Records, stage: str, stored: Config, settings: Config) -> None:
+    before, now = flat(stored), flat(settings)
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if changed:
+        lines = "\n".join(f"  {key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
+        raise InputError(
+            f"{records.path(stage)}: this stage was completed with other settings\n{lines}\n"
+            f"choose another output_dir, or delete {records.folder} to run all stages again"
+        )
+
+
+def flat(settings: Any, path: str = "") -> dict[str, Any]:
+    """Return the leaves of nested settings by their dotted names."""
+    if not isinstance(settings, dict):
+        return {path: settings}
+    return {name: leaf for key, value in settings.items() for name, leaf in flat(value, f"{path}.{key}".lstrip(".")).items()}

@@ -1,0 +1,109 @@
+"""`rlhf train`: one stage with Lightning's Trainer."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from rlhf_lightning.cli.build import build, build_all
+from rlhf_lightning.cli.checks import Config, check, plain
+from rlhf_lightning.cli.console import quieten_libraries
+from rlhf_lightning.cli.interrupts import resumable, this_command
+from rlhf_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning import LightningDataModule, LightningModule, Trainer
+
+ROOT_KEYS = [
+    "seed",
+    "data_root",
+    "output_dir",
+    "ckpt_path",
+    "module",
+    "data",
+    "network",
+    "trainer",
+    "logger",
+    "callbacks",
+    "experiment",
+]
+
+
+def run(config: DictConfig) -> float | None:
+    """Train, say where everything is, and return the validation loss or score for a sweep to look at."""
+    settings = plain(config)
+    ckpt_path = checkpoint(settings["ckpt_path"], settings["output_dir"])
+    check(settings, known=ROOT_KEYS)
+
+    from lightning import seed_everything
+
+    quieten_libraries()
+    seed_everything(settings["seed"], workers=True, verbose=False)
+    module: LightningModule = build("module", settings["module"])
+    data: LightningDataModule = build("data", settings["data"])
+    trainer = build_trainer(settings)
+    log_settings(trainer, settings)
+    with resumable(lambda: _how_to_go_on(settings)):
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    _say_where(trainer, settings)
+    return objective(trainer)
+
+
+def build_trainer(settings: Config, path: str = "trainer") -> "Trainer":
+    """Return the Trainer with the callbacks and loggers of the settings."""
+    callbacks = list(build_all("callbacks", settings["callbacks"]).values())
+    loggers = list(build_all("logger", settings["logger"]).values())
+    trainer: Trainer = build(path, settings[path], callbacks=callbacks, logger=loggers or False)
+    return trainer
+
+
+def checkpoint(ckpt_path: str | None, output_dir: str) -> str | None:
+    """Return the checkpoint to go on from, ``"last"`` looked up in ``output_dir``.
+
+    Raises `InputError` if there is none.
+    """
+    if ckpt_path is None:
+        return None
+    found = last_checkpoint(output_dir) if ckpt_path == "last" else Path(ckpt_path)
+    if found is None:
+        raise InputError(f"ckpt_path=last: there is no checkpoint in output_dir={output_dir}")
+    if not found.exists():
+        raise InputError(f"ckpt_path={ckpt_path} does not exist")
+    return str(found)
+
+
+def last_checkpoint(output_dir: str) -> Path | None:
+    """Return the newest checkpoint below ``output_dir``."""
+    checkpoints = Path(output_dir).glob("checkpoints/*.ckpt")
+    return max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def log_settings(trainer: "Trainer", settings: Config) -> None:
+    """Give every logger the composed config, as plain containers."""
+    for logger in trainer.loggers:
+        logger.log_hyperparams(settings)
+
+
+def objective(trainer: "Trainer") -> float | None:
+    """Return the last validation score, accuracy or loss, the first of them that was logged."""
+    for name in ("ppo/val_score", "reward/val_accuracy", "sft/val_loss"):
+        if name in trainer.callback_metrics:
+            return float(trainer.callback_metrics[name])
+    return None
+
+
+def _how_to_go_on(settings: Config) -> str:
+    output_dir = settings["output_dir"]
+    last = last_checkpoint(output_dir)
+    if last is None:
+        return f"no checkpoint had been written to {output_dir} yet"
+    return f"the last checkpoint is {last}; go on with\n  {this_command('ckpt_path=last')}"
+
+
+def _say_where(trainer: "Trainer", settings: Config) -> None:
+    if trainer.is_global_zero:
+        print(f"\n{trainer.global_step} steps. Written to {settings['output_dir']}")
+        for entry in sorted(Path(settings["output_dir"]).iterdir()):
+            print(f"  {entry.name}{'/' if entry.is_dir() else ''}")
+
+

@@ -1,0 +1,61 @@
+"""From tokenised rows to batches."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.data.tokenizing import TokenizedPrompt, TokenSequence
+from rlhf_lightning.types import ComparisonBatch, PromptBatch, SFTBatch
+
+
+def sft_batch(rows: Sequence[TokenSequence], *, pad_token_id: int) -> SFTBatch:
+    """Return the sequences padded on the right; the loss counts from the first token after the prompt."""
+    tokens, mask = pad_right([row.tokens for row in rows], pad_token_id)
+    prompt_lengths = torch.tensor([row.prompt_length for row in rows])
+    after_prompt = torch.arange(tokens.shape[1]) >= prompt_lengths.unsqueeze(1)
+    return SFTBatch(tokens=tokens, attention_mask=mask, loss_mask=mask & after_prompt)
+
+
+def comparison_batch(rows: Sequence[Sequence[TokenSequence]], *, pad_token_id: int) -> ComparisonBatch:
+    """Return the responses of all rows, padded on the right; a row lists those to its prompt, the best first."""
+    tokens, mask = pad_right([sequence.tokens for row in rows for sequence in row], pad_token_id)
+    return ComparisonBatch(
+        tokens=tokens,
+        attention_mask=mask,
+        prompt_index=torch.tensor([i for i, row in enumerate(rows) for _ in row]),
+        ranks=torch.tensor([rank for row in rows for rank in range(len(row))]),
+    )
+
+
+def prompt_batch(rows: Sequence[TokenizedPrompt], *, pad_token_id: int, columns: Sequence[str]) -> PromptBatch:
+    """Return the prompts padded on the left, with the named columns: None in a row that lacks one."""
+    tokens, mask = pad_left([row.tokens for row in rows], pad_token_id)
+    return PromptBatch(
+        prompt_tokens=tokens,
+        prompt_mask=mask,
+        prompts=[row.example.prompt for row in rows],
+        texts=[row.text for row in rows],
+        columns={name: [row.example.columns.get(name) for row in rows] for name in columns},
+    )
+
+
+def pad_right(sequences: Sequence[Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Return tokens (B, T) and the mask (B, T) of those that are real, by length and never by id."""
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+    return _filled(sequences, mask, pad_token_id), mask
+
+
+def pad_left(sequences: Sequence[Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Return tokens (B, P) and the mask (B, P) of those that are real, by length and never by id."""
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    width = int(lengths.max())
+    mask = torch.arange(width) >= width - lengths.unsqueeze(1)
+    return _filled(sequences, mask, pad_token_id), mask
+
+
+def _filled(sequences: Sequence[Tensor], mask: Tensor, pad_token_id: int) -> Tensor:
+    tokens = torch.full(mask.shape, pad_token_id)
+    tokens[mask] = torch.cat(list(sequences))
+    return tokens

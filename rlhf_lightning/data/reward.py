@@ -1,0 +1,99 @@
+"""Data for the reward model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader, SequentialSampler
+
+from rlhf_lightning.data.collating import comparison_batch
+from rlhf_lightning.data.datamodule import Limit, TextDataModule, position_limit, setting_limit, tightest
+from rlhf_lightning.data.formats import comparison
+from rlhf_lightning.data.reading import Row, Source
+from rlhf_lightning.data.tokenizing import Encoder, TokenSequence, require_token
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.types import ComparisonBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class RankedSequences:
+    """The responses to one prompt, each with the prompt before it, the best first."""
+
+    sequences: Sequence[TokenSequence]
+
+    def __len__(self) -> int:
+        """Return the number of tokens of the longest."""
+        return max(len(sequence) for sequence in self.sequences)
+
+
+class RewardDataModule(TextDataModule[RankedSequences]):
+    """Comparisons as `ComparisonBatch`: rows ``{prompt, chosen, rejected}`` or ``{prompt, responses}``, the best first.
+
+    A row of which one response with its prompt is longer than ``max_length`` or the model's positions is dropped, and
+    counted. The arguments are those of `SFTDataModule`; ``batch_size`` counts prompts.
+    """
+
+    def __init__(
+        self,
+        path: Source,
+        *,
+        val_path: Source | None = None,
+        split: str = "train",
+        val_split: str | None = None,
+        val_fraction: float = 0.05,
+        batch_size: int = 8,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        prompt_template: str = "{prompt}",
+        max_length: int | None = None,
+        group_by_length: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(
+            path,
+            val_path=val_path,
+            split=split,
+            val_split=val_split,
+            val_fraction=val_fraction,
+            batch_size=batch_size,
+            tokenizer=tokenizer,
+            prompt_template=prompt_template,
+            group_by_length=group_by_length,
+            drop_incomplete_batch=False,
+            seed=seed,
+            num_workers=num_workers,
+        )
+        self.max_length = setting_limit("max_length", max_length)
+
+    def chosen_dataloader(self) -> "DataLoader[Any]":
+        """Return the best response of each training row, in order, on every process: what the scores are centred on."""
+        best = [RankedSequences(item.sequences[:1]) for item in self.train_items]
+        return self._loader(best, SequentialSampler(best), drop_last=False)
+
+    def limit(self) -> Limit | None:
+        """Return the smaller of ``max_length`` and the model's positions."""
+        return tightest(self.max_length, position_limit(self.max_positions()))
+
+    def items(self, row: Row, encoder: Encoder, limit: Limit | None) -> list[RankedSequences]:
+        """Return the tokenised responses of a row."""
+        return [RankedSequences([encoder.exchange(exchange) for exchange in comparison(row).exchanges])]
+
+    def collate(self, pad_token_id: int) -> Callable[[list[RankedSequences]], ComparisonBatch]:
+        """Return `comparison_batch` with the padding."""
+        return partial(_batch, pad_token_id=pad_token_id)
+
+    def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Raise `InputError` where padding looks like an end token: a classifier finds the last token by the pad id."""
+        if require_token(tokenizer, "pad") == require_token(tokenizer, "eos"):
+            raise InputError(
+                f"the pad token of a reward model must not be its end token {tokenizer.eos_token!r}: name another with "
+                "network.pad_token=..., in Python NetworkConfig(..., pad_token=...)"
+            )
+
+
+def _batch(rows: list[RankedSequences], *, pad_token_id: int) -> ComparisonBatch:
+    return comparison_batch([row.sequences for row in rows], pad_token_id=pad_token_id)

@@ -1,0 +1,61 @@
+"""The objectives of the three stages. Losses over tokens stay per token: who sums them knows the count of the whole step."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def clipped_policy_loss(
+    logprobs: Float[Tensor, "B R"],
+    old_logprobs: Float[Tensor, "B R"],
+    advantages: Float[Tensor, "B R"],
+    *,
+    clip_range: float,
+) -> Float[Tensor, "B R"]:
+    """Return -min(ratio * A, clip(ratio, 1 - c, 1 + c) * A) of each token (Schulman et al. 2017, eq. 7)."""
+    ratio = (logprobs - old_logprobs).exp()
+    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
+
+
+def clipped_value_loss(
+    values: Float[Tensor, "B R"],
+    old_values: Float[Tensor, "B R"],
+    returns: Float[Tensor, "B R"],
+    *,
+    value_clip_range: float,
+) -> Float[Tensor, "B R"]:
+    """Return half the larger of the squared errors of the value and of the value clipped around its old one.
+
+    The pessimistic value loss of the PPO implementations that RLHF grew from (Huang et al. 2024, detail 13).
+    """
+    clipped = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
+    return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
+
+
+def ranked_pairs(
+    prompt_index: Int[Tensor, " B"], ranks: Int[Tensor, " B"]
+) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
+    """Return row indices (better, worse) of all pairs of responses to the same prompt: C(K, 2) for K ranked ones."""
+    same_prompt = prompt_index.unsqueeze(1) == prompt_index.unsqueeze(0)
+    better = ranks.unsqueeze(1) < ranks.unsqueeze(0)
+    winners, losers = torch.nonzero(same_prompt & better, as_tuple=True)
+    return winners, losers
+
+
+def pairwise_logistic_loss(
+    chosen_scores: Float[Tensor, " N"], rejected_scores: Float[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """Return -log sigmoid(chosen - rejected) of each pair (Stiennon et al. 2020, sec. 3.4)."""
+    return -logsigmoid(chosen_scores - rejected_scores)
+
+
+def ranking_loss(
+    scores: Float[Tensor, " B"], prompt_index: Int[Tensor, " B"], ranks: Int[Tensor, " B"]
+) -> Float[Tensor, ""]:
+    """Return the pairwise loss, a mean over the C(K, 2) pairs of a prompt and then over prompts (Ouyang et al. 2022, eq. 1)."""
+    winners, losers = ranked_pairs(prompt_index, ranks)
+    losses = pairwise_logistic_loss(scores[winners], scores[losers])
+    pairs_of_prompt = torch.bincount(prompt_index[winners])
+    return (losses / pairs_of_prompt[prompt_index[winners]]).sum() / (pairs_of_prompt > 0).sum()

@@ -1,0 +1,93 @@
+"""What the three stages share: a Hugging Face network with its tokenizer, and the way to write it back."""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
+from rlhf_lightning.networks import Model, load_tokenizer, max_positions, save_pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class LanguageModule(LightningModule):
+    """A LightningModule around one trained Hugging Face network."""
+
+    tokenizer: "PreTrainedTokenizerBase | None"
+
+    def __init__(self, model: Model, tokenizer: "PreTrainedTokenizerBase | None") -> None:
+        """Take the tokenizer of the folder or name unless one is given; a bare network may get it from the DataModule."""
+        super().__init__()
+        if tokenizer is None and not isinstance(model, nn.Module):
+            tokenizer = load_tokenizer(model)
+        self.tokenizer = tokenizer
+
+    @property
+    def network(self) -> nn.Module:
+        """The Hugging Face network that is trained and exported."""
+        raise TypeError(f"{type(self).__name__} does not say which network it trains")
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the network's positions allow."""
+        return max_positions(self.network)
+
+    def setup(self, stage: str) -> None:
+        """Take the DataModule's tokenizer where the module has none."""
+        if self.tokenizer is None and self._datamodule is not None:
+            self.tokenizer = self._datamodule.tokenizer
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the Hugging Face folder that the next stage, or `transformers` alone, can load."""
+        save_pretrained(self.network, self.required_tokenizer, folder)
+
+    @property
+    def required_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer; raises `InputError` where neither the module nor the DataModule was given one."""
+        if self.tokenizer is None:
+            raise InputError(
+                f"{type(self).__name__} was given a network without a tokenizer: pass tokenizer=... to it or to the "
+                "DataModule"
+            )
+        return self.tokenizer
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """Return ``x`` added up over all processes."""
+        total: Tensor = self.trainer.strategy.reduce(x.clone(), reduce_op="sum")
+        return total
+
+    @property
+    def _datamodule(self) -> Any:
+        # Lightning sets the attribute when the Trainer is given a DataModule; plain loaders have none.
+        return getattr(self.trainer, "datamodule", None)
+
+
+def adamw_with_schedule(
+    module: LightningModule,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    schedule: Schedule,
+    warmup_steps: int,
+) -> Any:
+    """Return Lightning's dictionary of an AdamW over what is trained, and a schedule that moves every optimizer step."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
+    total = module.trainer.estimated_stepping_batches
+
+    def factor(step: int) -> float:
+        return learning_rate_factor(step, total, schedule=schedule, warmup_steps=warmup_steps)
+
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def without_dropout_on_purpose() -> None:
+    """Silence Lightning's warning about networks in evaluation mode, for the stages that mean it."""
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")

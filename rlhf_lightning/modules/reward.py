@@ -1,0 +1,149 @@
+"""The reward model: from comparisons to one score per response."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from rlhf_lightning.functional.losses import pairwise_logistic_loss, ranked_pairs, ranking_loss
+from rlhf_lightning.functional.masking import last_index
+from rlhf_lightning.functional.schedules import Schedule
+from rlhf_lightning.modules.language import LanguageModule, adamw_with_schedule, without_dropout_on_purpose
+from rlhf_lightning.networks import Model, load_reward_model
+from rlhf_lightning.networks.scalar_head import HiddenMoments, scalar_head, shift_scores
+from rlhf_lightning.types import ComparisonBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+class RewardModule(LanguageModule):
+    """Trains a sequence classifier with one label by the pairwise logistic loss (Ouyang et al. 2022, eq. 1).
+
+    Each response is read once, however many pairs it is in. After training the scores are shifted so that the best
+    responses of the training data average 0 (Stiennon et al. 2020, sec. 3.4), and the shift is part of the weights.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.0,
+        lr_schedule: Schedule = "cosine",
+        warmup_steps: int = 0,
+        shift_scores: bool = True,
+        seed: int = 0,
+    ) -> None:
+        """Load the network; a language model gets a new scalar head, drawn with ``seed``."""
+        super().__init__(model, tokenizer)
+        # Without dropout: the scores that are compared belong to one function (Huang et al. 2024, detail 4).
+        self.reward_model = load_reward_model(model, generator=torch.Generator().manual_seed(seed)).eval()
+        without_dropout_on_purpose()
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.lr_schedule = lr_schedule
+        self.warmup_steps = warmup_steps
+        self.shift_scores = shift_scores
+        self.val_loss = MeanMetric()
+        self.val_accuracy = MeanMetric()
+        self.val_margin = MeanMetric()
+
+    @property
+    def network(self) -> nn.Module:
+        """The classifier."""
+        return self.reward_model
+
+    def setup(self, stage: str) -> None:
+        """Tell the network which token is padding: it scores the last one that is not."""
+        super().setup(stage)
+        self.reward_model.config.get_text_config().pad_token_id = self.required_tokenizer.pad_token_id
+
+    def forward(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
+        """Return the score at the last real token of sequences padded on the right, in float32."""
+        network: Any = self.reward_model
+        logits: Tensor = network(input_ids=tokens, attention_mask=attention_mask.long(), use_cache=False).logits
+        return logits.squeeze(-1).float()
+
+    def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
+        """Return the mean over prompts of the mean loss over a prompt's pairs."""
+        scores = self(batch.tokens, batch.attention_mask)
+        loss = ranking_loss(scores, batch.prompt_index, batch.ranks)
+        winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
+        metrics = {"reward/loss": loss, "reward/accuracy": wins(scores[winners] - scores[losers]).mean()}
+        self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=_prompts(batch))
+        return loss
+
+    def validation_step(self, batch: ComparisonBatch, batch_idx: int) -> None:
+        """Measure loss, accuracy (ties count half) and mean margin over all pairs."""
+        scores = self(batch.tokens, batch.attention_mask)
+        winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
+        margins = scores[winners] - scores[losers]
+        self.val_loss.update(pairwise_logistic_loss(scores[winners], scores[losers]))
+        self.val_accuracy.update(wins(margins))
+        self.val_margin.update(margins)
+        metrics = {
+            "reward/val_loss": self.val_loss,
+            "reward/val_accuracy": self.val_accuracy,
+            "reward/val_margin": self.val_margin,
+        }
+        self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(margins))  # type: ignore[arg-type]
+
+    def on_train_end(self) -> None:
+        """Shift the scores so that the best responses of the training data average 0."""
+        if self.shift_scores:
+            self._center_on_chosen()
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW with the schedule."""
+        return adamw_with_schedule(
+            self,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            schedule=self.lr_schedule,
+            warmup_steps=self.warmup_steps,
+        )
+
+    @torch.no_grad()
+    def _center_on_chosen(self) -> None:
+        head = scalar_head(self.reward_model)
+        moments = HiddenMoments(head.in_features, self.device)
+        chosen = HiddenMoments(head.in_features, self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in self.trainer.train_dataloader:
+            hidden, scores = self._last_hidden(batch.to(self.device))
+            best = batch.ranks.to(self.device) == 0
+            moments.update(hidden)
+            chosen.update(hidden[best])
+            total += scores[best].double().sum()
+        for seen in (moments, chosen):
+            seen.sum_up(self.sum_over_ranks)
+        shift = -float(self.sum_over_ranks(total) / chosen.count)
+        spread = shift_scores(head, shift, mean=chosen.mean, covariance=moments.covariance)
+        log.info("scores shifted by %.3f (standard deviation of the change over the training data %.3f)", shift, spread)
+
+    def _last_hidden(self, batch: ComparisonBatch) -> tuple[Tensor, Tensor]:
+        """Return what the scalar head reads of each sequence (B, hidden), and its score (B,)."""
+        seen: list[Tensor] = []
+        hook = scalar_head(self.reward_model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        scores = self(batch.tokens, batch.attention_mask)
+        hook.remove()
+        hidden = seen[0]
+        if hidden.dim() == 3:
+            hidden = hidden[torch.arange(len(hidden)), last_index(batch.attention_mask)]
+        return hidden, scores
+
+
+def wins(margins: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Return 1 where the chosen response scores higher, 1/2 for a tie, else 0."""
+    return (margins > 0).float() + 0.5 * (margins == 0).float()
+
+
+def _prompts(batch: ComparisonBatch) -> int:
+    return int(batch.prompt_index.max()) + 1

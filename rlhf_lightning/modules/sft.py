@@ -1,0 +1,98 @@
+"""Fine-tuning on demonstrations, and pre-training on raw text: next-token prediction."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.text import Perplexity
+
+from rlhf_lightning.functional.schedules import Schedule
+from rlhf_lightning.modules.language import LanguageModule, adamw_with_schedule
+from rlhf_lightning.networks import Model, load_policy, stop_token_ids
+from rlhf_lightning.types import SFTBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class SFTModule(LanguageModule):
+    """Trains a language model by next-token cross-entropy on the tokens that count (Ouyang et al. 2022, sec. 3.5).
+
+    Which tokens count is the DataModule's matter: those of the response with its end token, or all of a raw text. The
+    loss is their mean over all processes.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.0,
+        lr_schedule: Schedule = "cosine",
+        warmup_steps: int = 0,
+    ) -> None:
+        """Load the language model; raises `InputError` where ``model`` is not one."""
+        super().__init__(model, tokenizer)
+        # from_pretrained returns a network in evaluation mode, which Lightning keeps: its dropout would stay off.
+        self.policy = load_policy(model).train()
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.lr_schedule = lr_schedule
+        self.warmup_steps = warmup_steps
+        self.val_loss = MeanMetric()
+        self.val_perplexity = Perplexity()
+        self.val_token_accuracy = MulticlassAccuracy(self.policy.config.get_text_config().vocab_size, average="micro")
+
+    @property
+    def network(self) -> nn.Module:
+        """The language model."""
+        return self.policy
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """The ids that end a response."""
+        return stop_token_ids(self.policy, self.required_tokenizer)
+
+    def forward(self, batch: SFTBatch) -> tuple[Tensor, Tensor]:
+        """Return the logits (N, V) in float32 that predict the N tokens that count, and these tokens (N,)."""
+        network: Any = self.policy
+        logits = network(input_ids=batch.tokens, attention_mask=batch.attention_mask.long(), use_cache=False).logits
+        # The token at t is predicted by the logits at t - 1.
+        predicted = batch.loss_mask[:, 1:]
+        return logits[:, :-1][predicted].float(), batch.tokens[:, 1:][predicted]
+
+    def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+        """Return the mean loss in nats per token, so weighted that the processes' average is the mean over all tokens."""
+        logits, targets = self(batch)
+        total = cross_entropy(logits, targets, reduction="sum")
+        tokens = self.sum_over_ranks(torch.tensor(len(targets), device=total.device, dtype=total.dtype))
+        loss = total * self.trainer.world_size / tokens
+        self.log("sft/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
+        """Measure loss, perplexity and token accuracy over the tokens that count."""
+        logits, targets = self(batch)
+        self.val_loss.update(cross_entropy(logits, targets, reduction="none"))
+        self.val_perplexity.update(logits.unsqueeze(0), targets.unsqueeze(0))
+        self.val_token_accuracy.update(logits, targets)
+        metrics = {
+            "sft/val_loss": self.val_loss,
+            "sft/val_perplexity": self.val_perplexity,
+            "sft/val_token_accuracy": self.val_token_accuracy,
+        }
+        self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(batch))  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW with the schedule."""
+        return adamw_with_schedule(
+            self,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            schedule=self.lr_schedule,
+            warmup_steps=self.warmup_steps,
+        )

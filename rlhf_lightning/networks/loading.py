@@ -1,0 +1,148 @@
+"""From a Hugging Face folder or hub name, or a network that the user holds, to policy, reward model and tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.networks.scalar_head import init_scalar_head, scalar_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Which pre-trained network to load, and how."""
+
+    pretrained: str
+    """Hugging Face folder or hub name."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights in memory; mixed precision is the Trainer's matter."""
+    attn_implementation: str | None = None
+    """"sdpa", "eager", "flash_attention_2" ...; the library chooses where it is not given."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    pad_token: str | None = None
+    """Padding token of a tokenizer that has none; added to the vocabulary if it is not in it."""
+    eos_token: str | None = None
+    """End token of a tokenizer that has none, or another one than its own."""
+
+
+Model = str | Path | NetworkConfig | nn.Module
+"""A folder or hub name, the same with settings, or a network that the user already holds."""
+
+
+def load_policy(model: Model) -> "PreTrainedModel":
+    """Return the causal language model, ready to train, its embeddings grown to the tokenizer where a token was added.
+
+    Raises `InputError` where the folder or name holds no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(model, nn.Module):
+        return model  # type: ignore[return-value]
+    network = network_config(model)
+    policy: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, network)
+    _fit_vocabulary(policy, load_tokenizer(network))
+    return policy
+
+
+def load_reward_model(model: Model, *, generator: torch.Generator | None = None) -> "PreTrainedModel":
+    """Return a sequence classifier with one label, its scalar head new where ``model`` is a language model.
+
+    A new head is drawn from N(0, 1/(d + 1)) (Stiennon et al. 2020), its variance, with ``generator``.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    if isinstance(model, nn.Module):
+        return _as_reward_model(model, generator)
+    network = network_config(model)
+    reward_model, loading = _from_pretrained(
+        AutoModelForSequenceClassification, network, num_labels=1, output_loading_info=True
+    )
+    tokenizer = load_tokenizer(network)
+    _fit_vocabulary(reward_model, tokenizer)
+    reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if loading["missing_keys"]:
+        init_scalar_head(scalar_head(reward_model), generator)
+    return reward_model  # type: ignore[no-any-return]
+
+
+def load_tokenizer(model: str | Path | NetworkConfig) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of the folder or hub name with the pad and end token of the settings."""
+    from transformers import AutoTokenizer
+
+    network = network_config(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(network.pretrained, revision=network.revision)
+    except (OSError, ValueError) as error:
+        raise _not_loadable(network, "tokenizer", error) from error
+    tokens = {"pad_token": network.pad_token, "eos_token": network.eos_token}
+    tokenizer.add_special_tokens({name: token for name, token in tokens.items() if token is not None})
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def network_config(model: str | Path | NetworkConfig) -> NetworkConfig:
+    """Return ``model`` as settings."""
+    return model if isinstance(model, NetworkConfig) else NetworkConfig(str(model))
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Return the longest sequence that the network's positions allow, None where they have no end."""
+    config: Any = model.config
+    # The attribute exists only for architectures with a table or a trained range of positions.
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def stop_token_ids(policy: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the ids that end a response: the tokenizer's end token and those of the generation config."""
+    generation_config: Any = policy.generation_config
+    configured = generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({int(i) for i in [tokenizer.eos_token_id, *ids] if i is not None})
+
+
+def _from_pretrained(auto_class: Any, network: NetworkConfig, **settings: Any) -> Any:
+    if network.attn_implementation is not None:
+        settings["attn_implementation"] = network.attn_implementation
+    try:
+        # The checkpoint's own dtype is never taken over: bfloat16 weights would train in bfloat16 without a word.
+        return auto_class.from_pretrained(
+            network.pretrained, dtype=getattr(torch, network.dtype), revision=network.revision, **settings
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loadable(network, auto_class.__name__, error) from error
+
+
+def _not_loadable(network: NetworkConfig, what: str, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines()[0]
+    return InputError(
+        f"network.pretrained={network.pretrained!r} cannot be loaded as {what}: it is neither a Hugging Face folder "
+        f"nor a hub name that can be reached ({reason})"
+    )
+
+
+def _fit_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def _as_reward_model(model: nn.Module, generator: torch.Generator | None) -> "PreTrainedModel":
+    """Return the network itself if it is a classifier with one label, else a classifier on a copy of its body."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    language_model: Any = model
+    if type(model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        scalar_head(model)
+        return language_model  # type: ignore[no-any-return]
+    config = type(language_model.config)(**{**language_model.config.to_dict(), "num_labels": 1})
+    reward_model = AutoModelForSequenceClassification.from_config(config, dtype=language_model.dtype)
+    reward_model.base_model.load_state_dict(language_model.base_model.state_dict())
+    reward_model.eval()
+    init_scalar_head(scalar_head(reward_model), generator)
+    return reward_model  # type: ignore[no-any-return]

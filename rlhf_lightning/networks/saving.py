@@ -1,0 +1,19 @@
+"""The hand-off between stages: a Hugging Face folder that `transformers` alone can load."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def save_pretrained(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> None:
+    """Write config, safetensors, tokenizer and generation config; pad and end ids are those of the tokenizer."""
+    network: Any = model
+    network.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if network.can_generate():
+        network.generation_config.pad_token_id = tokenizer.pad_token_id
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

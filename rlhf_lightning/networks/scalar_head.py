@@ -1,0 +1,87 @@
+"""The linear map from the last hidden state to one number."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rlhf_lightning.errors import InputError
+
+
+def scalar_head(reward_model: nn.Module) -> nn.Linear:
+    """Return the linear layer with one output of a classifier; raises `InputError` where there is not exactly one."""
+    heads = [m for m in reward_model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+    if len(heads) != 1:
+        raise InputError(
+            f"a reward model is a sequence classifier with one label; {type(reward_model).__name__} has {len(heads)} "
+            "linear layers with one output"
+        )
+    return heads[0]
+
+
+@torch.no_grad()
+def init_scalar_head(head: nn.Linear, generator: torch.Generator | None = None) -> None:
+    """Draw the weights from N(0, 1/(d + 1)), a variance (Stiennon et al. 2020; Huang et al. 2024, detail 11)."""
+    std = (head.in_features + 1) ** -0.5
+    head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
+    if head.bias is not None:
+        head.bias.zero_()
+
+
+class HiddenMoments:
+    """Count, mean and covariance of last hidden states, gathered over batches and ranks in float64."""
+
+    def __init__(self, hidden_size: int, device: torch.device) -> None:
+        """Start from nothing seen."""
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.total = torch.zeros(hidden_size, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=device)
+
+    def update(self, hidden: Float[Tensor, "B H"]) -> None:
+        """Add the states of a batch."""
+        hidden = hidden.double()
+        self.count += len(hidden)
+        self.total += hidden.sum(dim=0)
+        self.outer += hidden.T @ hidden
+
+    def sum_up(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Replace what this process saw by what all saw."""
+        self.count, self.total, self.outer = (sum_over_ranks(x) for x in (self.count, self.total, self.outer))
+
+    @property
+    def mean(self) -> Float[Tensor, " H"]:
+        """The mean state."""
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> Float[Tensor, "H H"]:
+        """The covariance of the states."""
+        return self.outer / self.count - torch.outer(self.mean, self.mean)
+
+
+@torch.no_grad()
+def shift_scores(
+    head: nn.Linear,
+    shift: float,
+    *,
+    mean: Float[Tensor, " H"],
+    covariance: Float[Tensor, "H H"],
+    ridge: float = 1e-4,
+) -> float:
+    """Add ``shift`` to the scores by changing the head alone; return the standard deviation of what else it adds.
+
+    With a bias the shift is exact. Most language models' classifiers have none: there the head moves by
+    shift * M^-1 mean / (mean' M^-1 mean), M the slightly regularised ``covariance`` of the hidden states. Of all moves
+    whose effect at ``mean`` is exactly the shift this varies least over the states; it is next to constant because last
+    hidden states have much in common, and constant where a layer norm with a bias precedes the head.
+    """
+    if head.bias is not None:
+        head.bias += shift
+        return 0.0
+    scale = covariance.diagonal().mean().clamp(min=1e-12)
+    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    direction = torch.linalg.solve(covariance + ridge * scale * identity, mean)
+    move = shift * direction / (mean @ direction)
+    head.weight += move.to(head.weight)
+    return float((move @ covariance @ move).clamp(min=0.0).sqrt())

@@ -1,0 +1,20 @@
+"""The middle of PPO, in order: generate a response, score it, and make experience of it."""
+
+from rlhf_lightning.rollout.experience import estimate_advantages, micro_batches, minibatches
+from rlhf_lightning.rollout.generate import generate, sample_tokens
+from rlhf_lightning.rollout.reward import FunctionReward, ModelReward, Reward, load_reward
+from rlhf_lightning.rollout.score import response_logits, score_rollout
+
+__all__ = [
+    "FunctionReward",
+    "ModelReward",
+    "Reward",
+    "estimate_advantages",
+    "generate",
+    "load_reward",
+    "micro_batches",
+    "minibatches",
+    "response_logits",
+    "sample_tokens",
+    "score_rollout",
+]

@@ -1,0 +1,115 @@
+"""From prompts to a rollout: sampling from the policy, nothing but the temperature between its logits and the draw."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from rlhf_lightning.functional.masking import position_ids, through_first
+from rlhf_lightning.types import PromptBatch, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def generate(
+    policy: nn.Module,
+    batch: PromptBatch,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    stop_tokens: list[int],
+    generator: torch.Generator,
+) -> Rollout:
+    """Sample one response for each prompt.
+
+    A response ends with its first stop token, which belongs to it, or after ``max_new_tokens``; the ids that were
+    sampled are kept as they are and never decoded and encoded again.
+    """
+    stops = torch.tensor(stop_tokens, device=batch.prompt_tokens.device)
+    response_tokens = sample_tokens(
+        policy,
+        batch.prompt_tokens,
+        batch.prompt_mask,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        stop_tokens=stops,
+        generator=generator,
+    )
+    response_mask = through_first(response_tokens, stops)
+    response_tokens = response_tokens.masked_fill(~response_mask, _pad_token_id(tokenizer))
+    is_stop = torch.isin(response_tokens, stops) & response_mask
+    return Rollout(
+        **vars(batch),
+        tokens=torch.cat([batch.prompt_tokens, response_tokens], dim=1),
+        attention_mask=torch.cat([batch.prompt_mask, response_mask], dim=1),
+        response_mask=response_mask,
+        ended=is_stop.any(dim=1),
+        responses=decode(tokenizer, response_tokens, response_mask & ~is_stop),
+    )
+
+
+@torch.no_grad()
+def sample_tokens(
+    policy: nn.Module,
+    prompt_tokens: Int[Tensor, "B P"],
+    prompt_mask: Bool[Tensor, "B P"],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    stop_tokens: Int[Tensor, " S"],
+    generator: torch.Generator,
+) -> Int[Tensor, "B R"]:
+    """Sample until every row has a stop token or ``max_new_tokens`` are reached, so R may be smaller than that.
+
+    The network runs on the rows that have not ended yet; what follows a stop token is that token again.
+    Temperature 0 takes the most likely token.
+    """
+    network: Any = policy
+    rows = torch.arange(len(prompt_tokens), device=prompt_tokens.device)
+    response = prompt_tokens.new_zeros(len(rows), max_new_tokens)
+    inputs, mask, cache = prompt_tokens, prompt_mask, None
+    positions = position_ids(prompt_mask)
+    for t in range(max_new_tokens):
+        output = network(
+            input_ids=inputs,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        tokens = draw(output.logits[:, -1], temperature=temperature, generator=generator)
+        response[rows, t:] = tokens.unsqueeze(1)
+        running = ~torch.isin(tokens, stop_tokens)
+        if not running.any():
+            return response[:, : t + 1]
+        if not running.all():
+            rows, tokens, mask, positions = rows[running], tokens[running], mask[running], positions[running]
+            cache.batch_select_indices(running.nonzero().squeeze(1))
+        inputs = tokens.unsqueeze(1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return response
+
+
+def draw(logits: Float[Tensor, "B V"], *, temperature: float, generator: torch.Generator) -> Int[Tensor, " B"]:
+    """Draw one token of each row from softmax(logits / temperature), in float32; the most likely one at temperature 0."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(1)
+
+
+def decode(tokenizer: "PreTrainedTokenizerBase", tokens: Int[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> list[str]:
+    """Return the text of the kept tokens of each row, special tokens left out."""
+    rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows]
+
+
+def _pad_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    pad: Any = tokenizer.pad_token_id
+    return int(pad)

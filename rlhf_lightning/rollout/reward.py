@@ -1,0 +1,213 @@
+"""What a response is worth: a reward model, or a function that the user wrote."""
+
+import importlib
+import importlib.util
+import math
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.networks.loading import NetworkConfig, load_reward_model, load_tokenizer
+from rlhf_lightning.networks.scalar_head import scalar_head
+from rlhf_lightning.types import RewardFunction, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Reward(nn.Module):
+    """Scores whole responses: ``reward(rollout)`` is (B,) in float32."""
+
+    def forward(self, rollout: Rollout) -> Float[Tensor, " B"]:
+        """Return one score per response."""
+        raise TypeError(f"{type(self).__name__} is a Reward without a forward")
+
+
+class FunctionReward(Reward):
+    """A Python function ``f(prompts, responses, **columns) -> list[float]``."""
+
+    def __init__(self, function: RewardFunction) -> None:
+        """Take the function."""
+        super().__init__()
+        self.function = function
+
+    def forward(self, rollout: Rollout) -> Float[Tensor, " B"]:
+        """Return its scores; raises `InputError` where it fails, or returns another number of scores or none that is finite."""
+        name = _name(self.function)
+        try:
+            scores = list(self.function(rollout.prompts, rollout.responses, **rollout.columns))
+        except Exception as error:
+            raise InputError(f"reward function {name} raised {_where(error)}") from error
+        if len(scores) != len(rollout.responses):
+            raise InputError(
+                f"reward function {name} must return one score per response: {len(rollout.responses)} responses, "
+                f"{len(scores)} scores"
+            )
+        return torch.tensor(
+            [_finite(score, name, row) for row, score in enumerate(scores)], device=rollout.tokens.device
+        )
+
+
+class ModelReward(Reward):
+    """A frozen sequence classifier with one label, and its tokenizer.
+
+    Where its tokenizer is the policy's it reads the sampled ids themselves; otherwise the text is tokenised anew.
+    """
+
+    def __init__(
+        self,
+        reward_model: nn.Module,
+        tokenizer: "PreTrainedTokenizerBase",
+        policy_tokenizer: "PreTrainedTokenizerBase",
+        *,
+        micro_batch_size: int = 32,
+    ) -> None:
+        """Take the classifier and the two tokenizers; ``micro_batch_size`` rows are scored at a time."""
+        super().__init__()
+        self.reward_model: Any = reward_model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.shares_tokens = same_tokenizer(tokenizer, policy_tokenizer)
+        self.micro_batch_size = micro_batch_size
+
+    @torch.no_grad()
+    def forward(self, rollout: Rollout) -> Float[Tensor, " B"]:
+        """Return the classifier's logit at the last real token of each sequence."""
+        tokens, mask = self._sequences(rollout)
+        by_length = mask.sum(dim=1).argsort()
+        scores = torch.empty(len(tokens), device=tokens.device)
+        for rows in by_length.split(self.micro_batch_size):
+            scores[rows] = self._logits(tokens[rows], mask[rows])
+        return scores
+
+    def _logits(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
+        width = int(mask.sum(dim=1).max())
+        tokens = tokens.masked_fill(~mask, self.tokenizer.pad_token_id)[:, :width]
+        logits: Tensor = self.reward_model(input_ids=tokens, attention_mask=mask[:, :width].long()).logits
+        return logits.squeeze(-1).float()
+
+    def _sequences(self, rollout: Rollout) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+        """Return prompt and response in the classifier's tokens, padded on the right."""
+        if self.shares_tokens:
+            return left_aligned(rollout.tokens, rollout.attention_mask)
+        return self._retokenised(rollout)
+
+    def _retokenised(self, rollout: Rollout) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+        eos = self.tokenizer.eos_token_id
+        sequences = [
+            self._prompt_ids(prompt, text)
+            + self.tokenizer(response, add_special_tokens=False).input_ids
+            + ([eos] if ended and eos is not None else [])
+            for prompt, text, response, ended in zip(
+                rollout.prompts, rollout.texts, rollout.responses, rollout.ended.tolist(), strict=True
+            )
+        ]
+        width = max(len(ids) for ids in sequences)
+        rows = [ids + [self.tokenizer.pad_token_id] * (width - len(ids)) for ids in sequences]
+        lengths = torch.tensor([len(ids) for ids in sequences])
+        mask = torch.arange(width) < lengths.unsqueeze(1)
+        device = rollout.tokens.device
+        return torch.tensor(rows, device=device), mask.to(device)
+
+    def _prompt_ids(self, prompt: Any, text: str) -> list[int]:
+        """Return a conversation in the classifier's own chat template, anything else as the text that the policy read."""
+        if not isinstance(prompt, str) and self.tokenizer.chat_template is not None:
+            text = str(self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        ids = list(self.tokenizer(text).input_ids)
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+
+def load_reward(
+    reward: "str | Path | NetworkConfig | nn.Module | RewardFunction",
+    policy_tokenizer: "PreTrainedTokenizerBase",
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    micro_batch_size: int = 32,
+) -> Reward:
+    """Return the reward that a setting stands for.
+
+    A `Reward` is itself; a classifier module reads ``tokenizer`` (the policy's where not given); another callable is a
+    reward function; ``"file.py:function"`` and ``"package.module:function"`` name one; any other string is a
+    reward-model folder or hub name.
+    """
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, nn.Module):
+        scalar_head(reward)
+        return ModelReward(reward, tokenizer or policy_tokenizer, policy_tokenizer, micro_batch_size=micro_batch_size)
+    if isinstance(reward, str) and ":" in reward and not Path(reward).exists():
+        return FunctionReward(import_function(reward))
+    if isinstance(reward, str | Path | NetworkConfig):
+        return ModelReward(
+            load_reward_model(reward),
+            tokenizer or load_tokenizer(reward),
+            policy_tokenizer,
+            micro_batch_size=micro_batch_size,
+        )
+    if callable(reward):
+        return FunctionReward(reward)
+    raise InputError(
+        f"reward must be a reward-model folder or name, a classifier, or a function; found {type(reward).__name__}"
+    )
+
+
+def import_function(name: str) -> RewardFunction:
+    """Return the function named by ``"path/to/file.py:function"`` or ``"package.module:function"``."""
+    where, _, attribute = name.rpartition(":")
+    try:
+        module = _module_from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except (ImportError, OSError) as error:
+        raise InputError(f"reward={name!r} cannot be imported: {error}") from error
+    if attribute not in vars(module):
+        raise InputError(f"reward={name!r} names {attribute!r}, which {where} does not define")
+    function: Callable[..., Sequence[float]] = vars(module)[attribute]
+    return function
+
+
+def same_tokenizer(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> bool:
+    """Return whether ids mean the same in both: equal vocabulary, and equal end token."""
+    return one is other or (one.get_vocab() == other.get_vocab() and one.eos_token_id == other.eos_token_id)
+
+
+def left_aligned(
+    tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Return the rows with their real tokens moved to the left, in order, and the mask that belongs to them."""
+    order = (~mask).long().argsort(dim=1, stable=True)
+    return tokens.gather(1, order), mask.gather(1, order)
+
+
+def _module_from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise OSError(f"no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _finite(score: Any, name: str, row: int) -> float:
+    try:
+        value = float(score)
+    except (TypeError, ValueError):
+        raise InputError(f"reward function {name} must return numbers; the score of row {row} is {score!r}") from None
+    if not math.isfinite(value):
+        raise InputError(f"reward function {name} must return finite scores; the score of row {row} is {value}")
+    return value
+
+
+def _name(function: Any) -> str:
+    return str(function.__qualname__) if isinstance(function, type(_name)) else repr(function)
+
+
+def _where(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} (at {Path(frame.filename).name}:{frame.lineno})"

@@ -1,0 +1,150 @@
+"""The axes of every tensor, and the records that travel between the parts.
+
+Axes: ``B`` sequences of a batch, ``P`` prompt positions (padding on the left), ``R`` response positions
+(padding on the right), ``T = P + R``, ``V`` vocabulary. Masks are boolean; true means "counts".
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+Message = Mapping[str, str]
+"""One turn of a conversation: ``{"role": ..., "content": ...}``."""
+
+Prompt = str | Sequence[Message]
+"""What the user asks: plain text, or the conversation so far."""
+
+RewardFunction = Callable[..., Sequence[float]]
+"""``f(prompts, responses, **columns)`` with one score per response."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A batch whose tensors share the leading axis and move between devices together."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same record with every tensor on ``device``."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+    def rows(self, index: Tensor) -> Self:
+        """Return the sequences at ``index``, in its order."""
+        picked = {f.name: _pick(getattr(self, f.name), index) for f in fields(self)}
+        return replace(self, **picked)
+
+    def __len__(self) -> int:
+        """Return the number of sequences ``B``."""
+        return len(getattr(self, fields(self)[0].name))
+
+
+def _pick(value: Any, index: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)]
+    if isinstance(value, Mapping):
+        return {name: _pick(column, index) for name, column in value.items()}
+    return [value[i] for i in index.tolist()]
+
+
+@dataclass(frozen=True)
+class SFTBatch(Record):
+    """Token sequences, padded on the right, and which of their tokens are to be predicted."""
+
+    tokens: Tensor
+    """(B, T) token ids."""
+    attention_mask: Tensor
+    """(B, T) bool, true for real tokens."""
+    loss_mask: Tensor
+    """(B, T) bool, true where the token at ``t`` is a target; never true at ``t = 0``."""
+
+
+@dataclass(frozen=True)
+class ComparisonBatch(Record):
+    """Responses of several prompts, each a whole sequence padded on the right, with their places in the ranking.
+
+    Its leading axis counts responses, not prompts: a prompt with K ranked responses holds K neighbouring rows.
+    """
+
+    tokens: Tensor
+    """(B, T) token ids of prompt and response, the end token included."""
+    attention_mask: Tensor
+    """(B, T) bool, true for real tokens."""
+    prompt_index: Tensor
+    """(B,) which prompt of the batch a row answers, counted from 0."""
+    ranks: Tensor
+    """(B,) place of the response among those of its prompt, 0 is the best."""
+
+
+@dataclass(frozen=True)
+class PromptBatch(Record):
+    """Prompts, padded on the left."""
+
+    prompt_tokens: Tensor
+    """(B, P) token ids."""
+    prompt_mask: Tensor
+    """(B, P) bool, true for real tokens."""
+    prompts: list[Prompt]
+    """The prompts as they stand in the data: what a reward function is given."""
+    texts: list[str]
+    """The prompts as the policy reads them: the prompt template or the chat template applied."""
+    columns: dict[str, list[Any]]
+    """All other columns of the rows: keyword arguments of a reward function."""
+
+
+@dataclass(frozen=True)
+class Rollout(PromptBatch):
+    """Prompts with a response that the policy sampled."""
+
+    tokens: Tensor
+    """(B, T) prompt and response ids; after the first end token there is only padding."""
+    attention_mask: Tensor
+    """(B, T) bool, true for real tokens of prompt and response."""
+    response_mask: Tensor
+    """(B, R) bool, true from the first response token through the first end token."""
+    ended: Tensor
+    """(B,) bool, true where the response has an end token."""
+    responses: list[str]
+    """The responses as text, special tokens left out."""
+
+    @property
+    def response_tokens(self) -> Tensor:
+        """(B, R) ids of the response positions."""
+        return self.tokens[:, -self.response_mask.shape[1] :]
+
+
+@dataclass(frozen=True)
+class ScoredRollout(Rollout):
+    """A rollout with what policy, reference, critic and reward say about it."""
+
+    logprobs: Tensor
+    """(B, R) log-probabilities of the response tokens under the policy that sampled them, nats."""
+    ref_logprobs: Tensor
+    """(B, R) the same under the frozen reference, nats."""
+    values: Tensor
+    """(B, R) the critic's value of the state before each response token."""
+    scores: Tensor
+    """(B,) what the reward says of each whole response, before penalties."""
+
+
+@dataclass(frozen=True)
+class Experience(Record):
+    """What the updates of PPO need of a rollout; everything with an R axis is 0 outside of ``response_mask``."""
+
+    tokens: Tensor
+    """(B, T) prompt and response ids."""
+    attention_mask: Tensor
+    """(B, T) bool."""
+    response_mask: Tensor
+    """(B, R) bool."""
+    old_logprobs: Tensor
+    """(B, R) log-probabilities at sampling time, nats."""
+    old_values: Tensor
+    """(B, R) values at sampling time."""
+    rewards: Tensor
+    """(B, R) reward of each token: KL penalty everywhere, the score at the last token."""
+    advantages: Tensor
+    """(B, R) centred and scaled over all response tokens of the rollout on all ranks."""
+    returns: Tensor
+    """(B, R) targets of the critic."""
