@@ -35,9 +35,7 @@ def build_all(path: str, nodes: Config | None) -> dict[str, Any]:
     if nodes is None:
         return {}
     named: Mapping[str, Config | None] = {"": nodes} if "_target_" in nodes else nodes
-    return {
-        name: build(f"{path}.{name}".rstrip("."), node) for name, node in named.items() if node is not None
-    }
+    return {name: build(f"{path}.{name}".rstrip("."), node) for name, node in named.items() if node is not None}
 
 
 def check_exists(setting: str, path: str) -> None:

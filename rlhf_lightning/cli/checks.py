@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from hydra.utils import get_object
+from hydra._internal.utils import _locate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -52,7 +52,9 @@ def check(config: Config, *, known: Sequence[str], filled_later: Sequence[str] =
             raise InputError(f"{key} is not a setting{near}")
     for path, node in target_nodes(config, ""):
         filled = {name for name in node if any(fnmatch(f"{path}.{name}", pattern) for pattern in filled_later)}
-        _check_node(path, {name: value for name, value in node.items() if value is not None or name not in filled}, filled)
+        _check_node(
+            path, {name: value for name, value in node.items() if value is not None or name not in filled}, filled
+        )
 
 
 def target_nodes(node: object, path: str) -> Iterator[tuple[str, Config]]:
@@ -71,7 +73,8 @@ def target_nodes(node: object, path: str) -> Iterator[tuple[str, Config]]:
 def target(path: str, name: str) -> Callable[..., Any]:
     """Return what ``name`` means; raises `InputError` where it cannot be imported."""
     try:
-        found = get_object(name)
+        # Not hydra.utils.get_object, which logs the error as well.
+        found = _locate(name)
     except Exception as error:
         raise InputError(f"{path}._target_={name} cannot be imported: {_last_line(error)}") from error
     if not callable(found):
@@ -133,8 +136,8 @@ def _check_names(
 
 def _annotations(called: Callable[..., Any]) -> dict[str, Any]:
     """Return what can be known of the annotations; names that exist for type checkers only are left out."""
-    function: Any = inspect.unwrap(called.__init__ if inspect.isclass(called) else called)  # type: ignore[misc]
-    known = {}
+    function: Any = inspect.unwrap(called.__init__ if inspect.isclass(called) else called)
+    known: dict[str, Any] = {}
     for name, annotation in inspect.get_annotations(function).items():
         alone = types.SimpleNamespace(__annotations__={name: annotation})
         try:
@@ -175,7 +178,7 @@ def _fits_one(value: object, option: Any) -> bool:
     if _is_kind(option, Sequence):
         return isinstance(value, list)
     # An object of a class: a node with a `_target_` makes it, or the class makes it from a text or a list by itself.
-    is_class = inspect.isclass(typing.get_origin(option) or option) and option is not object
+    is_class = inspect.isclass(typing.get_origin(option) or option) and option not in (Any, object)
     return isinstance(value, dict | list | str) or not is_class
 
 

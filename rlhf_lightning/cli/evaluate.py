@@ -17,6 +17,8 @@ from rlhf_lightning.errors import InputError
 if TYPE_CHECKING:
     from rlhf_lightning.data.reading import Row
     from rlhf_lightning.evaluation.policies import Answers
+    from rlhf_lightning.modules import RewardModule
+    from rlhf_lightning.types import ComparisonBatch
 
 ROOT_KEYS = [
     "seed",
@@ -101,9 +103,7 @@ def answers_of(model: str, rows: "list[Row]", settings: Config, metric: str) -> 
     return answer(
         policy.to(device),
         tokenizer,
-        prompt_batches(
-            rows, tokenizer, prompt_template=settings["prompt_template"], batch_size=settings["batch_size"]
-        ),
+        prompt_batches(rows, policy, tokenizer, settings),
         max_new_tokens=settings["max_new_tokens"],
         temperature=settings["temperature"],
         seed=settings["seed"],
@@ -139,21 +139,27 @@ def reward_accuracy(settings: Config) -> Config:
     if not isinstance(settings["reward"], str) or ":" in settings["reward"]:
         raise InputError("reward_data.path measures a reward model: pass reward=FOLDER or a hub name")
     from rlhf_lightning.cli.prompts import comparison_batches
-    from rlhf_lightning.evaluation.evidence import margins
     from rlhf_lightning.modules import RewardModule
     from rlhf_lightning.networks import NetworkConfig
 
     module = RewardModule(NetworkConfig(settings["reward"], dtype=settings["dtype"]))
     module = module.to(device_of(settings)).eval()
-    batches = comparison_batches(
-        settings["reward_data"]["path"],
-        module.required_tokenizer,
-        prompt_template=settings["prompt_template"],
-        batch_size=settings["batch_size"],
-    )
-    found = margins(module, [batch.to(module.device) for batch in batches])
+    batches = comparison_batches(module.required_tokenizer, settings)
+    found = [margin for batch in batches for margin in margins(module, batch.to(module.device))]
     wins = [1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in found]
     return {"accuracy": mean_and_interval(wins), "margin": fmean(found), "pairs": len(found)}
+
+
+def margins(module: "RewardModule", batch: "ComparisonBatch") -> list[float]:
+    """Return how much higher the better response of each pair scores."""
+    import torch
+
+    from rlhf_lightning.functional.losses import ranked_pairs
+
+    with torch.no_grad():
+        scores = module(batch.tokens, batch.attention_mask)
+    winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
+    return [float(margin) for margin in scores[winners] - scores[losers]]
 
 
 def mean_and_interval(values: list[float]) -> Config:
@@ -172,9 +178,7 @@ def say(evaluation: Config, folder: Path) -> None:
     if "policies" in evaluation:
         table = Table("policy", evaluation["metric"], "95 %", "with an end token", "prompts")
         for name, result in evaluation["policies"].items():
-            table.add_row(
-                name, *_columns(result["score"]), f"{result['ended']:.0%}", str(result["prompts"])
-            )
+            table.add_row(name, *_columns(result["score"]), f"{result['ended']:.0%}", str(result["prompts"]))
         console.print(table)
     if "reward_model" in evaluation:
         mean, interval = _columns(evaluation["reward_model"]["accuracy"])

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -76,13 +76,11 @@ def _responses(settings: Config, rows: "list[Row]") -> list[str]:
 
     network = build("network", settings["network"])
     tokenizer = load_tokenizer(network)
-    batches = prompt_batches(
-        rows, tokenizer, prompt_template=settings["prompt_template"], batch_size=settings["batch_size"]
-    )
+    policy: Any = load_policy(network)
     return answer(
-        load_policy(network).to(device_of(settings)),  # type: ignore[arg-type]
+        policy.to(device_of(settings)),
         tokenizer,
-        batches,
+        prompt_batches(rows, policy, tokenizer, settings),
         max_new_tokens=settings["max_new_tokens"],
         temperature=settings["temperature"],
         seed=settings["seed"],

@@ -94,7 +94,9 @@ class Pipeline:
         self._stage(
             "comparisons",
             {"world": world},
-            lambda: write_comparisons(self.folder / "data", policy, self._sampling(), seed=self.settings["seed"], **world),
+            lambda: write_comparisons(
+                self.folder / "data", policy, self._sampling(), seed=self.settings["seed"], **world
+            ),
         )
 
     def _ppo(self, policy: str, reward: Any) -> None:
@@ -123,31 +125,55 @@ class Pipeline:
         return str(self.folder / stage)
 
     def _evaluate(self, policies: dict[str, str], reward: Any) -> None:
-        from rlhf_lightning.cli.evidence import gather_evidence, say, write_evidence
-
-        sampling = self._sampling()
+        """Let the judge, or else the reward, compare the policies on held-out prompts, and write the report."""
         settings = {
             "seed": self.settings["seed"],
             "evaluate": self.settings["evaluate"],
-            "sampling": sampling,
+            "sampling": self._sampling(),
             "data": self.settings["data"]["ppo"],
         }
-        self._stage(
-            "evaluate",
-            settings,
-            lambda: gather_evidence(self.settings, policies, reward, sampling, world=self.settings["world"] is not None),
+        self._stage("evaluate", settings, lambda: self._gather(policies, reward))
+        self._report()
+
+    def _gather(self, policies: dict[str, str], reward: Any) -> Config:
+        from rlhf_lightning.evaluation.evidence import gather_answers, measure_reward
+        from rlhf_lightning.modules import RewardModule
+        from rlhf_lightning.world import Judge
+
+        judge = None if self.settings["world"] is None else Judge().score
+        sampling, seed = self._sampling(), self.settings["seed"]
+        found = gather_answers(policies, self._held_out_prompts, reward=reward, judge=judge, seed=seed, **sampling)
+        if "reward" in self.done:
+            model = RewardModule(reward)
+            data = build("data.reward", self.settings["data"]["reward"], tokenizer=model.tokenizer)
+            data.setup("validate")
+            found["reward_card"] = measure_reward(model, data.val_dataloader()).as_dict()
+        return found
+
+    def _held_out_prompts(self, tokenizer: Any, max_length: int | None) -> list[Any]:
+        """Return PPO's validation prompts, the first ``evaluate.prompts`` of them in whole batches."""
+        data = build("data.ppo", self.settings["data"]["ppo"], tokenizer=tokenizer, max_prompt_length=max_length)
+        data.setup("validate")
+        count = self.settings["evaluate"]["prompts"]
+        return list(data.val_dataloader())[: -(-count // data.batch_size)]
+
+    def _report(self) -> None:
+        from rlhf_lightning.evaluation.report import write_report
+        from rlhf_lightning.evaluation.summary import summarise
+
+        report = summarise(
+            self.done,
+            seed=self.settings["seed"],
+            judge="reward model" if self.settings["world"] is None else "world",
+            samples=self.settings["evaluate"]["samples"],
         )
-        report = write_evidence(self.folder, self.done, self.settings)
-        say(self.folder, report)
+        page = write_report(report, self.folder)
+        say(self.folder, page, report)
 
     def _sampling(self) -> Config:
         """Return how responses are sampled outside of training: as PPO samples them."""
         ppo = self.settings["module"]["ppo"]
-        return {
-            "max_new_tokens": ppo["max_new_tokens"],
-            "temperature": ppo["temperature"],
-            "prompt_template": self.settings["data"]["ppo"]["prompt_template"],
-        }
+        return {"max_new_tokens": ppo["max_new_tokens"], "temperature": ppo["temperature"]}
 
     def _stage(self, name: str, settings: Config, body: Callable[[], Config]) -> None:
         self.done[name] = run_stage(self.records, name, settings, body)
@@ -199,6 +225,28 @@ def check_sources(settings: Config) -> None:
             "a reward is required: pass data.reward.path=COMPARISONS to train one, or module.ppo.reward=FOLDER or "
             "file.py:function"
         )
+
+
+def say(folder: Path, page: Path, report: Config) -> None:
+    """Print where everything is, the figures, and one sample before and after."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    sample = report["samples"][0]
+    lines = [
+        "",
+        *(f"{name:<22} {folder / name}" for name in ("pretrain", "sft", "reward", "ppo") if (folder / name).exists()),
+        f"{'report':<22} {page}",
+        "",
+        *(
+            f"win rate against demonstrations, {name:<11} {rate['mean']:.1%} ({rate['low']:.1%} to {rate['high']:.1%})"
+            for name, rate in report["win_rate"].items()
+        ),
+        "",
+        f"prompt      {sample['prompt']}",
+        *(f"{name:<11} {text}" for name, text in sample["responses"].items() if name in ("sft", "ppo")),
+    ]
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 def _skipped(stage: str, why: str, value: Any) -> Any:

@@ -3,9 +3,12 @@
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from rlhf_lightning.cli.checks import Config
 from rlhf_lightning.data import PPODataModule, RewardDataModule, Row, read_natural_instructions, read_rows
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.networks import max_positions
 from rlhf_lightning.types import ComparisonBatch, PromptBatch
 
 if TYPE_CHECKING:
@@ -26,29 +29,43 @@ def read_prompts(data: Config) -> list[Row]:
 
 
 def prompt_batches(
-    rows: list[Row], tokenizer: "PreTrainedTokenizerBase", *, prompt_template: str, batch_size: int
+    rows: list[Row], policy: nn.Module, tokenizer: "PreTrainedTokenizerBase", settings: Config
 ) -> list[PromptBatch]:
-    """Return the rows as batches of at most ``batch_size`` prompts, in their order."""
+    """Return the rows as batches of at most ``batch_size`` prompts, in their order.
+
+    Raises `InputError` where a prompt and ``max_new_tokens`` need more positions than the policy has.
+    """
+    batches: list[PromptBatch] = _all_batches(PPODataModule, rows, tokenizer, settings)
+    positions = max_positions(policy)
+    longest = max(batch.prompt_tokens.shape[1] for batch in batches)
+    if positions is not None and longest + settings["max_new_tokens"] > positions:
+        raise InputError(
+            f"the longest prompt has {longest} tokens; with max_new_tokens={settings['max_new_tokens']} that is more "
+            f"than the policy's {positions} positions"
+        )
+    return batches
+
+
+def comparison_batches(tokenizer: "PreTrainedTokenizerBase", settings: Config) -> list[ComparisonBatch]:
+    """Return the comparisons of ``reward_data.path`` as batches of at most ``batch_size`` prompts, in their order."""
+    rows = read_rows(settings["reward_data"]["path"], split="test", setting="reward_data.path")
+    return _all_batches(RewardDataModule, rows, tokenizer, settings)
+
+
+def _all_batches(
+    data_module: type[PPODataModule | RewardDataModule],
+    rows: list[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: Config,
+) -> list[Any]:
+    # Validation is what a DataModule reads whole and in order.
     fields = [row.fields for row in rows]
-    return _all_batches(
-        PPODataModule(
-            fields, val_path=fields, tokenizer=tokenizer, prompt_template=prompt_template, batch_size=batch_size
-        )
+    data = data_module(
+        fields,
+        val_path=fields,
+        tokenizer=tokenizer,
+        prompt_template=settings["prompt_template"],
+        batch_size=settings["batch_size"],
     )
-
-
-def comparison_batches(
-    path: str, tokenizer: "PreTrainedTokenizerBase", *, prompt_template: str, batch_size: int
-) -> list[ComparisonBatch]:
-    """Return the comparisons of a file as batches of at most ``batch_size`` prompts, in their order."""
-    fields = [row.fields for row in read_rows(path, split="test", setting="reward_data.path")]
-    return _all_batches(
-        RewardDataModule(
-            fields, val_path=fields, tokenizer=tokenizer, prompt_template=prompt_template, batch_size=batch_size
-        )
-    )
-
-
-def _all_batches(data: PPODataModule | RewardDataModule) -> list[Any]:
     data.setup("validate")
     return list(data.val_dataloader())

@@ -1,7 +1,6 @@
 """A stage of the pipeline: run once, recorded when it is complete, skipped when it is met again."""
 
 import json
-import os
 import resource
 import sys
 import time
@@ -34,7 +33,7 @@ class Records:
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.path(stage).with_suffix(".partial")
         partial.write_text(json.dumps(record, indent=1), "utf-8")
-        os.replace(partial, self.path(stage))
+        partial.replace(self.path(stage))
 
 
 def run_stage(records: Records, stage: str, settings: Config, body: Callable[[], Config]) -> Config:
@@ -85,4 +84,6 @@ def flat(settings: Any, path: str = "") -> dict[str, Any]:
     """Return the leaves of nested settings by their dotted names."""
     if not isinstance(settings, dict):
         return {path: settings}
-    return {name: leaf for key, value in settings.items() for name, leaf in flat(value, f"{path}.{key}".lstrip(".")).items()}
+    return {
+        name: leaf for key, value in settings.items() for name, leaf in flat(value, f"{path}.{key}".lstrip(".")).items()
+    }

@@ -1,5 +1,7 @@
 """`rlhf train`: one stage with Lightning's Trainer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from rlhf_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.loggers import WandbLogger
 
 ROOT_KEYS = [
     "seed",
@@ -42,9 +45,10 @@ def run(config: DictConfig) -> float | None:
     module: LightningModule = build("module", settings["module"])
     data: LightningDataModule = build("data", settings["data"])
     trainer = build_trainer(settings)
-    log_settings(trainer, settings)
-    with resumable(lambda: _how_to_go_on(settings)):
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    with closing_loggers(trainer):
+        log_settings(trainer, settings)
+        with resumable(lambda: _how_to_go_on(settings)):
+            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     _say_where(trainer, settings)
     return objective(trainer)
 
@@ -79,9 +83,39 @@ def last_checkpoint(output_dir: str) -> Path | None:
 
 
 def log_settings(trainer: "Trainer", settings: Config) -> None:
-    """Give every logger the composed config, as plain containers."""
+    """Give every logger the composed config, as plain containers.
+
+    Raises `InputError` where Weights & Biases has no account to write to.
+    """
+    from lightning.pytorch.loggers import WandbLogger
+
     for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            _log_in(logger)
         logger.log_hyperparams(settings)
+
+
+@contextmanager
+def closing_loggers(trainer: "Trainer") -> Iterator[None]:
+    """End the runs of Weights & Biases with the block: the next job of a sweep would write into an open one."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    try:
+        yield
+    finally:
+        if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
+            import wandb
+
+            wandb.finish()
+
+
+def _log_in(logger: "WandbLogger") -> None:
+    from wandb.errors import Error
+
+    try:
+        _ = logger.experiment
+    except Error as error:
+        raise InputError(f"logger=wandb: {error} (without an account: logger.offline=true)") from error
 
 
 def objective(trainer: "Trainer") -> float | None:
@@ -105,5 +139,3 @@ def _say_where(trainer: "Trainer", settings: Config) -> None:
         print(f"\n{trainer.global_step} steps. Written to {settings['output_dir']}")
         for entry in sorted(Path(settings["output_dir"]).iterdir()):
             print(f"  {entry.name}{'/' if entry.is_dir() else ''}")
-
-

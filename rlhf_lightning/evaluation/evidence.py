@@ -1,29 +1,30 @@
-"""What the stages bought: the policies' answers to held-out prompts, judged, and the report made of it."""
+"""What the stages bought: the policies' answers to held-out prompts, judged, and the reward model's on comparisons."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_lightning.errors import InputError
-from rlhf_lightning.evaluation.policies import Answers, answer, with_responses
-from rlhf_lightning.evaluation.win_rate import win_rate
-from rlhf_lightning.networks import load_policy, load_tokenizer
+from rlhf_lightning.evaluation.policies import answer, with_responses
+from rlhf_lightning.evaluation.reward_card import RewardCard, reward_card
+from rlhf_lightning.functional.losses import ranked_pairs
+from rlhf_lightning.networks import load_policy, load_tokenizer, max_positions
 from rlhf_lightning.rollout.reward import Reward, load_reward
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, RewardFunction
-from rlhf_lightning.functional.losses import ranked_pairs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DEMONSTRATION = "response"
-"""The column of the prompts that holds what a person answered, where there is one."""
+"""The column of the held-out prompts that holds what a person answered, where there is one."""
 
-Batches = Callable[[Any], list[PromptBatch]]
-"""Held-out prompts in the tokens of a tokenizer."""
+Prompts = Callable[["PreTrainedTokenizerBase", int | None], Sequence[PromptBatch]]
+"""Held-out prompts in a tokenizer's ids, none longer than so many tokens."""
 
 
-def gather(
+def gather_answers(
     policies: Mapping[str, str],
-    batches: Batches,
+    prompts: Prompts,
     *,
     reward: Any,
     judge: RewardFunction | None,
@@ -31,59 +32,72 @@ def gather(
     temperature: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Return prompts, demonstrations, and each policy's responses with what reward and judge say of them.
+    """Return prompts, demonstrations, and each policy's responses with the scores of reward and judge.
 
-    ``policies`` are Hugging Face folders in the order of the stages; the KL of each is measured to the one named "sft".
+    ``policies`` are Hugging Face folders by name; the KL of each is measured to the one named "sft".
     """
-    gathered: dict[str, Any] = {"responses": {}, "scores": {}, "judge_scores": {}, "kl": {}}
+    found: dict[str, Any] = {"responses": {}, "scores": {}, "kl": {}}
+    reference = load_policy(policies["sft"]).eval()
     for name, folder in policies.items():
-        tokenizer = load_tokenizer(folder)
-        prompts = batches(tokenizer)
+        policy, tokenizer = load_policy(folder), load_tokenizer(folder)
+        positions = max_positions(policy)
+        batches = prompts(tokenizer, None if positions is None else positions - max_new_tokens)
         scorer = load_reward(reward, tokenizer)
-        reference = load_policy(policies["sft"]).eval()
         answers = answer(
-            load_policy(folder),
+            policy,
             tokenizer,
-            prompts,
+            batches,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
             reward=scorer,
             reference=reference,
         )
-        gathered["responses"][name] = answers.responses
-        gathered["scores"][name] = answers.scores
-        gathered["kl"][name] = answers.kl
-        _add_prompts(gathered, prompts, scorer, tokenizer)
+        found["responses"][name] = answers.responses
+        found["scores"][name] = answers.scores
+        found["kl"][name] = answers.kl
+        found |= _questions(batches)
+        if _all_demonstrated(batches):
+            found["responses"]["demonstrations"] = _demonstrations(batches)
+            found["scores"]["demonstrations"] = _demonstration_scores(batches, scorer, tokenizer)
     if judge is not None:
-        _judge(gathered, judge)
-    return gathered
-
-
-@torch.no_grad()
-def margins(score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], batches: Iterable[ComparisonBatch]) -> list[float]:
-    """Return score(better) - score(worse) of all ranked pairs."""
-    found: list[float] = []
-    for batch in batches:
-        scores = score(batch.tokens, batch.attention_mask)
-        winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
-        found += (scores[winners] - scores[losers]).tolist()
+        found["judge_scores"] = {
+            name: list(judge(found["prompts"], texts)) for name, texts in found["responses"].items()
+        }
     return found
 
 
-def _add_prompts(gathered: dict[str, Any], prompts: Sequence[PromptBatch], reward: Reward, tokenizer: Any) -> None:
-    """Add the prompts and, once, what people answered and its scores."""
-    if "prompts" in gathered:
-        return
-    gathered["prompts"] = [prompt for batch in prompts for prompt in batch.prompts]
-    if all(DEMONSTRATION in batch.columns for batch in prompts):
-        gathered["demonstrations"] = [text for batch in prompts for text in batch.columns[DEMONSTRATION]]
-        rollouts = [with_responses(batch, batch.columns[DEMONSTRATION], tokenizer) for batch in prompts]
-        gathered["scores"]["demonstrations"] = [score for r in rollouts for score in reward(r).tolist()]
+@torch.no_grad()
+def measure_reward(
+    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], batches: Iterable[ComparisonBatch]
+) -> RewardCard:
+    """Return the card of a reward model, ``score(tokens, attention_mask)``, on held-out comparisons."""
+    margins: list[float] = []
+    all_scores: list[float] = []
+    lengths: list[float] = []
+    for batch in batches:
+        scores = score(batch.tokens, batch.attention_mask)
+        winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
+        margins += (scores[winners] - scores[losers]).tolist()
+        all_scores += scores.tolist()
+        lengths += batch.attention_mask.sum(dim=1).tolist()
+    return reward_card(margins, scores=all_scores, lengths=lengths)
 
 
-def _judge(gathered: dict[str, Any], judge: RewardFunction) -> None:
-    responses = dict(gathered["responses"])
-    if "demonstrations" in gathered:
-        responses["demonstrations"] = gathered["demonstrations"]
-    gathered["judge_scores"] = {name: list(judge(gathered["prompts"], texts)) for name, texts in responses.items()}
+def _questions(batches: Sequence[PromptBatch]) -> dict[str, list[Any]]:
+    return {"prompts": [prompt for batch in batches for prompt in batch.prompts]}
+
+
+def _all_demonstrated(batches: Sequence[PromptBatch]) -> bool:
+    return all(DEMONSTRATION in batch.columns for batch in batches)
+
+
+def _demonstrations(batches: Sequence[PromptBatch]) -> list[str]:
+    return [text for batch in batches for text in batch.columns[DEMONSTRATION]]
+
+
+def _demonstration_scores(
+    batches: Sequence[PromptBatch], reward: Reward, tokenizer: "PreTrainedTokenizerBase"
+) -> list[float]:
+    rollouts = [with_responses(batch, batch.columns[DEMONSTRATION], tokenizer) for batch in batches]
+    return [score for rollout in rollouts for score in reward(rollout).tolist()]

@@ -8,7 +8,7 @@ from torch import Tensor
 def gather_logprobs(
     logits: Float[Tensor, "B R V"], tokens: Int[Tensor, "B R"], *, temperature: float = 1.0
 ) -> Float[Tensor, "B R"]:
-    """Return log p(token) in nats under logits / temperature; ``logits[:, t]`` must be the ones that predict ``tokens[:, t]``."""
+    """Return log p(token) in nats under logits / temperature; ``logits[:, t]`` are those that predict token t."""
     scaled = logits.float() / temperature
     return -torch.nn.functional.cross_entropy(scaled.flatten(0, 1), tokens.flatten(), reduction="none").view(
         tokens.shape

@@ -1,4 +1,4 @@
-"""The objectives of the three stages. Losses over tokens stay per token: who sums them knows the count of the whole step."""
+"""The objectives of reward model and PPO; losses of tokens stay per token: their count is that of the whole step."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,7 +28,7 @@ def clipped_value_loss(
 ) -> Float[Tensor, "B R"]:
     """Return half the larger of the squared errors of the value and of the value clipped around its old one.
 
-    The pessimistic value loss of the PPO implementations that RLHF grew from (Huang et al. 2024, detail 13).
+    The pessimistic value loss of the PPO implementations that RLHF grew from (Huang et al. 2024).
     """
     clipped = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
@@ -54,7 +54,7 @@ def pairwise_logistic_loss(
 def ranking_loss(
     scores: Float[Tensor, " B"], prompt_index: Int[Tensor, " B"], ranks: Int[Tensor, " B"]
 ) -> Float[Tensor, ""]:
-    """Return the pairwise loss, a mean over the C(K, 2) pairs of a prompt and then over prompts (Ouyang et al. 2022, eq. 1)."""
+    """Return the mean over prompts of the mean loss of a prompt's C(K, 2) pairs (Ouyang et al. 2022, eq. 1)."""
     winners, losers = ranked_pairs(prompt_index, ranks)
     losses = pairwise_logistic_loss(scores[winners], scores[losers])
     pairs_of_prompt = torch.bincount(prompt_index[winners])

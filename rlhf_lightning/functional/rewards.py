@@ -10,7 +10,7 @@ from rlhf_lightning.functional.masking import last_index
 def subtract_missing_eos(
     scores: Float[Tensor, " B"], ended: Bool[Tensor, " B"], *, penalty: float
 ) -> Float[Tensor, " B"]:
-    """Return the scores less ``penalty`` where the response has no end token (detail 23 of Huang et al. 2024, subtracting)."""
+    """Return the scores less ``penalty`` where the response has no end token (Huang et al. 2024 replace them)."""
     return torch.where(ended, scores, scores - penalty)
 
 

@@ -23,7 +23,7 @@ class LanguageModule(LightningModule):
     tokenizer: "PreTrainedTokenizerBase | None"
 
     def __init__(self, model: Model, tokenizer: "PreTrainedTokenizerBase | None") -> None:
-        """Take the tokenizer of the folder or name unless one is given; a bare network may get it from the DataModule."""
+        """Take the folder's tokenizer unless one is given; a bare network may get it from the DataModule."""
         super().__init__()
         if tokenizer is None and not isinstance(model, nn.Module):
             tokenizer = load_tokenizer(model)
@@ -77,7 +77,7 @@ def adamw_with_schedule(
     schedule: Schedule,
     warmup_steps: int,
 ) -> Any:
-    """Return Lightning's dictionary of an AdamW over what is trained, and a schedule that moves every optimizer step."""
+    """Return Lightning's dictionary of AdamW over what is trained and a schedule that moves every optimizer step."""
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
     total = module.trainer.estimated_stepping_batches

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ FROZEN = ("reference.", "reward.")
 
 
 class PPOModule(LanguageModule):
-    """Trains a policy by PPO (Schulman et al. 2017) on R(x, y) - beta log [p_RL(y|x) / p_FT(y|x)] (Ouyang et al. 2022, eq. 2).
+    """Trains a policy by PPO (Schulman et al. 2017) on R(x, y) - beta log [p_RL(y|x) / p_FT(y|x)] (Ouyang et al. 2022).
 
     The reference p_FT is the policy as it was given. The critic starts from the reward model where that reads the
     policy's tokens, else from the policy. All four run without dropout.
@@ -127,7 +127,7 @@ class PPOModule(LanguageModule):
         return stop_token_ids(self.policy, self.required_tokenizer)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Refuse what the Trainer cannot do for PPO, at the one place that runs before Lightning refuses it less helpfully."""
+        """Refuse what the Trainer cannot do for PPO; no other hook runs before Lightning's own, poorer refusal."""
         trainer = self.trainer
         if trainer.gradient_clip_val:
             raise InputError(
@@ -212,7 +212,7 @@ class PPOModule(LanguageModule):
         )
 
     def update(self, experience: Experience) -> dict[str, Tensor]:
-        """Make ``ppo_epochs`` passes over the rollout, one optimizer step a minibatch; return the means of their metrics."""
+        """Make ``ppo_epochs`` passes over the rollout, a step each minibatch; return the means of the metrics."""
         rollouts_done = self.trainer.global_step
         generator = seeded_generator(self.seed, rollouts_done)
         sums: dict[str, Tensor] = {}
@@ -284,7 +284,7 @@ class PPOModule(LanguageModule):
         self.log_dict(metrics, on_epoch=True, sync_dist=True, batch_size=len(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return one AdamW with a parameter group for the policy and one for the critic (eps as in Huang et al. 2024)."""
+        """Return one AdamW with a group for the policy and one for the critic (eps as in Huang et al. 2024)."""
         groups = [
             {"params": list(self.policy.parameters()), "lr": self.learning_rate},
             {"params": list(self._critic.parameters()), "lr": self.critic_learning_rate},
@@ -292,11 +292,11 @@ class PPOModule(LanguageModule):
         return torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradients of policy and critic, each by its own norm, after mixed precision has unscaled them."""
+        """Clip the gradients of policy and critic, each by its own norm, after they were unscaled."""
         norms = [clip_grad_norm_(group["params"], self.max_grad_norm) for group in optimizer.param_groups]
         self._grad_norms = dict(zip(("policy_grad_norm", "critic_grad_norm"), norms, strict=True))
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return what training changes: the frozen networks come from their folders."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         return {name: value for name, value in state.items() if not name.startswith(FROZEN)}
@@ -322,7 +322,7 @@ class PPOModule(LanguageModule):
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer: Any = self.optimizers()
-        return optimizer.optimizer  # type: ignore[no-any-return]
+        return cast(torch.optim.Optimizer, optimizer.optimizer)
 
     def _check_minibatches(self, rollout_size: int) -> None:
         if rollout_size % self.minibatch_size:

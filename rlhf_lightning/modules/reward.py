@@ -43,7 +43,7 @@ class RewardModule(LanguageModule):
     ) -> None:
         """Load the network; a language model gets a new scalar head, drawn with ``seed``."""
         super().__init__(model, tokenizer)
-        # Without dropout: the scores that are compared belong to one function (Huang et al. 2024, detail 4).
+        # Without dropout: the scores that are compared belong to one function (Huang et al. 2024).
         self.reward_model = load_reward_model(model, generator=torch.Generator().manual_seed(seed)).eval()
         without_dropout_on_purpose()
         self.learning_rate = learning_rate
@@ -88,12 +88,12 @@ class RewardModule(LanguageModule):
         self.val_loss.update(pairwise_logistic_loss(scores[winners], scores[losers]))
         self.val_accuracy.update(wins(margins))
         self.val_margin.update(margins)
-        metrics = {
+        metrics: Any = {
             "reward/val_loss": self.val_loss,
             "reward/val_accuracy": self.val_accuracy,
             "reward/val_margin": self.val_margin,
         }
-        self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(margins))  # type: ignore[arg-type]
+        self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(margins))
 
     def on_train_end(self) -> None:
         """Shift the scores so that the best responses of the training data average 0."""
@@ -116,7 +116,8 @@ class RewardModule(LanguageModule):
         moments = HiddenMoments(head.in_features, self.device)
         chosen = HiddenMoments(head.in_features, self.device)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in self.trainer.train_dataloader:
+        batches: Any = self.trainer.train_dataloader
+        for batch in batches:
             hidden, scores = self._last_hidden(batch.to(self.device))
             best = batch.ranks.to(self.device) == 0
             moments.update(hidden)

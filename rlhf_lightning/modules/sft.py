@@ -66,7 +66,7 @@ class SFTModule(LanguageModule):
         return logits[:, :-1][predicted].float(), batch.tokens[:, 1:][predicted]
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
-        """Return the mean loss in nats per token, so weighted that the processes' average is the mean over all tokens."""
+        """Return the loss in nats per token, weighted so that the processes' average is the mean over all tokens."""
         logits, targets = self(batch)
         total = cross_entropy(logits, targets, reduction="sum")
         tokens = self.sum_over_ranks(torch.tensor(len(targets), device=total.device, dtype=total.dtype))
@@ -80,12 +80,12 @@ class SFTModule(LanguageModule):
         self.val_loss.update(cross_entropy(logits, targets, reduction="none"))
         self.val_perplexity.update(logits.unsqueeze(0), targets.unsqueeze(0))
         self.val_token_accuracy.update(logits, targets)
-        metrics = {
+        metrics: Any = {
             "sft/val_loss": self.val_loss,
             "sft/val_perplexity": self.val_perplexity,
             "sft/val_token_accuracy": self.val_token_accuracy,
         }
-        self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(batch))  # type: ignore[arg-type]
+        self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(batch))
 
     def configure_optimizers(self) -> Any:
         """Return AdamW with the schedule."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ def load_policy(model: Model) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     if isinstance(model, nn.Module):
-        return model  # type: ignore[return-value]
+        return cast("PreTrainedModel", model)
     network = network_config(model)
     policy: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, network)
     _fit_vocabulary(policy, load_tokenizer(network))
@@ -69,7 +69,7 @@ def load_reward_model(model: Model, *, generator: torch.Generator | None = None)
     reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if loading["missing_keys"]:
         init_scalar_head(scalar_head(reward_model), generator)
-    return reward_model  # type: ignore[no-any-return]
+    return cast("PreTrainedModel", reward_model)
 
 
 def load_tokenizer(model: str | Path | NetworkConfig) -> "PreTrainedTokenizerBase":
@@ -83,7 +83,7 @@ def load_tokenizer(model: str | Path | NetworkConfig) -> "PreTrainedTokenizerBas
         raise _not_loadable(network, "tokenizer", error) from error
     tokens = {"pad_token": network.pad_token, "eos_token": network.eos_token}
     tokenizer.add_special_tokens({name: token for name, token in tokens.items() if token is not None})
-    return tokenizer  # type: ignore[no-any-return]
+    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def network_config(model: str | Path | NetworkConfig) -> NetworkConfig:
@@ -127,7 +127,8 @@ def _not_loadable(network: NetworkConfig, what: str, error: Exception) -> InputE
 
 
 def _fit_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
 
 
@@ -139,10 +140,10 @@ def _as_reward_model(model: nn.Module, generator: torch.Generator | None) -> "Pr
     language_model: Any = model
     if type(model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
         scalar_head(model)
-        return language_model  # type: ignore[no-any-return]
+        return cast("PreTrainedModel", model)
     config = type(language_model.config)(**{**language_model.config.to_dict(), "num_labels": 1})
     reward_model = AutoModelForSequenceClassification.from_config(config, dtype=language_model.dtype)
     reward_model.base_model.load_state_dict(language_model.base_model.state_dict())
     reward_model.eval()
     init_scalar_head(scalar_head(reward_model), generator)
-    return reward_model  # type: ignore[no-any-return]
+    return cast("PreTrainedModel", reward_model)

@@ -22,7 +22,7 @@ def scalar_head(reward_model: nn.Module) -> nn.Linear:
 
 @torch.no_grad()
 def init_scalar_head(head: nn.Linear, generator: torch.Generator | None = None) -> None:
-    """Draw the weights from N(0, 1/(d + 1)), a variance (Stiennon et al. 2020; Huang et al. 2024, detail 11)."""
+    """Draw the weights from N(0, 1/(d + 1)), a variance (Stiennon et al. 2020; Huang et al. 2024)."""
     std = (head.in_features + 1) ** -0.5
     head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
     if head.bias is not None:
@@ -76,8 +76,9 @@ def shift_scores(
     whose effect at ``mean`` is exactly the shift this varies least over the states; it is next to constant because last
     hidden states have much in common, and constant where a layer norm with a bias precedes the head.
     """
-    if head.bias is not None:
-        head.bias += shift
+    bias: Tensor | None = head.bias
+    if bias is not None:
+        bias += shift
         return 0.0
     scale = covariance.diagonal().mean().clamp(min=1e-12)
     identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)

@@ -72,7 +72,7 @@ class Sequences(Protocol):
 def micro_batches(
     sequences: Sequences, *, micro_batch_size: int
 ) -> Iterator[tuple[Int[Tensor, " M"], Int[Tensor, "M T"], Bool[Tensor, "M T"], Bool[Tensor, "M R"]]]:
-    """Yield rows, tokens, attention mask and response mask of sequences of about equal length, shared padding cut off."""
+    """Yield rows, tokens, attention and response mask of sequences of about equal length, shared padding cut off."""
     prompt_width = sequences.tokens.shape[1] - sequences.response_mask.shape[1]
     by_length = sequences.attention_mask.sum(dim=1).argsort(stable=True)
     for rows in by_length.split(micro_batch_size):

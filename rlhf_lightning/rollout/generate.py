@@ -97,7 +97,7 @@ def sample_tokens(
 
 
 def draw(logits: Float[Tensor, "B V"], *, temperature: float, generator: torch.Generator) -> Int[Tensor, " B"]:
-    """Draw one token of each row from softmax(logits / temperature), in float32; the most likely one at temperature 0."""
+    """Draw a token of each row from softmax(logits / temperature), in float32; temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)

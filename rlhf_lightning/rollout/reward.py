@@ -38,7 +38,7 @@ class FunctionReward(Reward):
         self.function = function
 
     def forward(self, rollout: Rollout) -> Float[Tensor, " B"]:
-        """Return its scores; raises `InputError` where it fails, or returns another number of scores or none that is finite."""
+        """Return its scores; raises `InputError` where it fails or does not return one finite number per response."""
         name = _name(self.function)
         try:
             scores = list(self.function(rollout.prompts, rollout.responses, **rollout.columns))
@@ -115,7 +115,7 @@ class ModelReward(Reward):
         return torch.tensor(rows, device=device), mask.to(device)
 
     def _prompt_ids(self, prompt: Any, text: str) -> list[int]:
-        """Return a conversation in the classifier's own chat template, anything else as the text that the policy read."""
+        """Return a conversation in the classifier's own chat template, all else as the text that the policy read."""
         if not isinstance(prompt, str) and self.tokenizer.chat_template is not None:
             text = str(self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
             return list(self.tokenizer(text, add_special_tokens=False).input_ids)

@@ -76,7 +76,9 @@ def test_class_that_cannot_be_imported_is_named() -> None:
 
 def test_reward_function_need_not_have_what_it_is_called_with() -> None:
     check({"module": {"reward": node(politeness, weight=2.0)}}, known=["module"])
-    with pytest.raises(InputError, match=r"module\.reward\.wight is not a setting.*did you mean module\.reward\.weight"):
+    with pytest.raises(
+        InputError, match=r"module\.reward\.wight is not a setting.*did you mean module\.reward\.weight"
+    ):
         check({"module": {"reward": node(politeness, wight=2.0)}}, known=["module"])
 
 

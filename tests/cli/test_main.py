@@ -71,10 +71,10 @@ def test_misspelt_verb_is_an_error_that_names_the_nearest(capsys: pytest.Capture
 
 
 def test_names_of_the_package_are_imported_at_their_first_use() -> None:
-    code = "import sys, rlhf_lightning as r; assert 'torch' not in sys.modules; r.NetworkConfig; print(sorted(r.__all__))"
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    code = (
+        "import sys, rlhf_lightning as r; assert 'torch' not in sys.modules; r.NetworkConfig; print(sorted(r.__all__))"
     )
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
     assert "PPOModule" in result.stdout

@@ -1,0 +1,83 @@
+"""The Hugging Face folder that a stage leaves behind."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from rlhf_lightning.errors import InputError
+
+
+@runtime_checkable
+class Exportable(Protocol):
+    """A module that writes itself as a Hugging Face folder."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config, safetensors, tokenizer and generation config."""
+
+
+class HuggingFaceExport(Callback):
+    """Writes the model to ``dirpath`` when training has ended well: the whole folder or nothing.
+
+    It is written beside ``dirpath`` and moved there at once, so that whoever finds the folder finds it complete. After
+    an error or an interrupt nothing is written, and what an earlier run wrote stays.
+    """
+
+    def __init__(self, dirpath: str | Path) -> None:
+        self.dirpath = Path(dirpath)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raise `InputError` before training where the export could not be written after it."""
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, Exportable):
+            found = type(pl_module).__name__
+            raise InputError(f"HuggingFaceExport needs a module with save_pretrained(folder), found {found}")
+        if trainer.is_global_zero:
+            _check_target(self.dirpath)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the folder; this hook is not reached by a run that failed or was interrupted."""
+        if trainer.is_global_zero:
+            assert isinstance(pl_module, Exportable)
+            partial = _beside(self.dirpath, "partial")
+            _remove(partial)
+            pl_module.save_pretrained(partial)
+            replace_folder(partial, self.dirpath)
+        # Nobody reads the folder before it is there.
+        trainer.strategy.barrier("HuggingFaceExport")
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Move the folder ``new`` to the place of ``old``, which may exist."""
+    replaced = _beside(old, "replaced")
+    _remove(replaced)
+    if old.exists():
+        # A folder that is not empty cannot be renamed over.
+        old.replace(replaced)
+    new.replace(old)
+    _remove(replaced)
+
+
+def _check_target(dirpath: Path) -> None:
+    foreign = dirpath.is_dir() and any(dirpath.iterdir()) and not (dirpath / "config.json").exists()
+    if foreign or dirpath.is_file():
+        raise InputError(f"dirpath={dirpath} holds something else than a model; it would be replaced: name another one")
+    try:
+        dirpath.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"dirpath={dirpath}: its folder cannot be made: {error.strerror}") from error
+    if not os.access(dirpath.parent, os.W_OK):
+        raise InputError(f"dirpath={dirpath}: {dirpath.parent} cannot be written to")
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f"{folder.name}.{suffix}")
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

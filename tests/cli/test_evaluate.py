@@ -1,0 +1,107 @@
+import json
+import math
+import sys
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import pytest
+
+from rlhf_lightning.cli.application import run_verb
+from rlhf_lightning.cli.evaluate import mean_and_interval, rouge_l
+
+QUIET = ["max_new_tokens=4", "output_dir=out", "samples_shown=0"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rlhf"])
+    Path("my_rewards.py").write_text(
+        "def length(prompts, responses, **columns):\n    return [len(r) for r in responses]\n", encoding="utf-8"
+    )
+    write("rows.jsonl", [{"prompt": f"Say {i}.", "response": f"{i}"} for i in range(6)])
+
+
+def write(path: str, rows: list[dict[str, Any]]) -> None:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def evaluation(*arguments: str) -> dict[str, Any]:
+    assert run_verb("evaluate", [*QUIET, *arguments]) == 0
+    found: dict[str, Any] = json.loads(Path("out/evaluation.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_policies_are_scored_by_a_reward_function(tiny_model: Path) -> None:
+    found = evaluation(
+        f"policies.sft={tiny_model}",
+        f"+policies.mine={tiny_model}",
+        "data.path=rows.jsonl",
+        "reward=my_rewards.py:length",
+    )
+    assert found["metric"] == "reward"
+    written = [json.loads(line) for line in Path("out/responses.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name in ("sft", "mine"):
+        lengths = [len(row[name]["response"]) for row in written]
+        assert found["policies"][name]["score"]["mean"] == pytest.approx(sum(lengths) / 6)
+    # The same weights, the same prompts and the same seed.
+    assert found["policies"]["sft"] == found["policies"]["mine"]
+
+
+def test_references_are_the_measure_where_there_is_no_reward(tiny_model: Path) -> None:
+    found = evaluation(f"policies.sft={tiny_model}", "data.path=rows.jsonl", "data.limit=3")
+    assert found["metric"] == "rouge_l"
+    assert found["policies"]["sft"]["prompts"] == 3
+
+
+def test_reward_model_that_always_scores_the_same_is_right_half_of_the_time(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model: Any = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, pad_token_id=0)
+    torch.nn.init.zeros_(model.score.weight)
+    model.save_pretrained("reward")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained("reward")
+    write(
+        "pairs.jsonl", [{"prompt": "a", "responses": ["b", "c", "d"]}, {"prompt": "e", "chosen": "f", "rejected": "g"}]
+    )
+    found = evaluation("reward=reward", "reward_data.path=pairs.jsonl")
+    assert found["reward_model"]["pairs"] == 4
+    assert found["reward_model"]["accuracy"]["mean"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to evaluate"),
+        (["policies.sft={model}"], "data.path is required"),
+        (["policies.sft={model}", "data.path=rows.jsonl", "metric=reward"], "metric=reward needs a reward"),
+        (["policies.sft={model}", "data.path=rows.jsonl", "metric=bleu"], "metric=bleu"),
+        (["policies.sft={model}", "data.path=prompts.jsonl"], "metric=rouge_l needs a response"),
+        (["policies.stf={model}"], "did you mean policies.sft?"),
+        (["reward_data.path=rows.jsonl", "reward=my_rewards.py:length"], "pass reward=FOLDER"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(
+    arguments: list[str], message: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("prompts.jsonl", [{"prompt": "Say 1."}])
+    filled = [argument.format(model=tiny_model) for argument in arguments]
+    assert run_verb("evaluate", [*QUIET, *filled]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
+    # LCS "the cat" of 3 and 4 words: P = 2/3, R = 2/4, F = 2PR/(P + R); the nearest reference counts.
+    score = rouge_l(["the cat sat"], [["nothing alike", "the big fat cat"]])[0]
+    assert score == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+
+
+def test_interval_covers_95_percent_of_a_normal_mean() -> None:
+    values = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+    found = mean_and_interval(values)
+    half = NormalDist().inv_cdf(0.975) * math.sqrt(0.3 / 6)
+    assert found["mean"] == 0.5
+    assert found["high"] == pytest.approx(0.5 + half, rel=1e-3)
+    assert found["low"] == pytest.approx(0.5 - half, rel=1e-3)

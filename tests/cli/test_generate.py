@@ -1,0 +1,56 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_lightning.cli.application import run_verb
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rlhf"])
+
+
+def rows(path: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_prompt_may_hold_what_hydra_would_read_as_grammar(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "Is [this], it's {that}: a=b?"
+    arguments = [f"network.pretrained={tiny_model}", f"prompt={prompt}", "out=out.jsonl", "max_new_tokens=3"]
+    assert run_verb("generate", arguments) == 0
+    (row,) = rows("out.jsonl")
+    assert row["prompt"] == prompt
+    assert row["response"] in capsys.readouterr().out
+
+
+def test_rows_of_a_file_keep_their_order_and_their_columns(tiny_model: Path) -> None:
+    given = [{"prompt": "x" * length, "id": str(length)} for length in (5, 1, 3)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
+    arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", "max_new_tokens=4", "batch_size=2"]
+    assert run_verb("generate", [*arguments, "out=sampled.jsonl"]) == 0
+    assert [{key: row[key] for key in ("prompt", "id")} for row in rows("sampled.jsonl")] == given
+    assert run_verb("generate", [*arguments, "out=again.jsonl"]) == 0
+    assert rows("again.jsonl") == rows("sampled.jsonl")
+    assert run_verb("generate", [*arguments, "out=other.jsonl", "seed=2"]) == 0
+    assert rows("other.jsonl") != rows("sampled.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of prompt="),
+        (["prompt=a", "data.path=rows.jsonl"], "and not both"),
+        (["prompt=a", "temperature=-1"], "temperature=-1"),
+        (["prompt=a", "max_new_tokens=0"], "max_new_tokens=0"),
+        (["data.path=nowhere.jsonl"], "data.path=nowhere.jsonl"),
+        (["prompt=a", "max_new_tokens=1000"], "256 positions"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(
+    arguments: list[str], message: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb("generate", [f"network.pretrained={tiny_model}", *arguments]) == 2
+    assert message in capsys.readouterr().err

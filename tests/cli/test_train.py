@@ -1,0 +1,219 @@
+import csv
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from rlhf_lightning.cli.application import run_verb
+from rlhf_lightning.cli.interrupts import Stopped, resumable, this_command
+from rlhf_lightning.cli.train import last_checkpoint
+
+REWARDS = """
+def length(prompts, responses, scale=1.0, **columns):
+    assert set(columns) == {"topic"}
+    return [scale * len(response) for response in responses]
+"""
+QUIET = ["trainer=cpu", "callbacks.progress=null", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rlhf"])
+    Path("my_rewards.py").write_text(REWARDS, encoding="utf-8")
+    rows = [{"prompt": f"Say {i}.", "response": f"{i}!", "topic": "numbers"} for i in range(16)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    prompts = [{"prompt": row["prompt"], "topic": row["topic"]} for row in rows]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
+
+
+def logged(output_dir: str, version: int = 0) -> set[str]:
+    """Return the names of the columns of a run's log."""
+    with Path(output_dir, "logs", f"version_{version}", "metrics.csv").open(encoding="utf-8") as file:
+        return set(next(csv.reader(file)))
+
+
+def test_fine_tuning_writes_model_log_checkpoint_and_config(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", "output_dir=out", *QUIET]
+    assert run_verb("train", arguments) == 0
+    AutoModelForCausalLM.from_pretrained("out/model")
+    AutoTokenizer.from_pretrained("out/model")
+    assert {"sft/loss", "sft/val_loss"} <= logged("out")
+    assert last_checkpoint("out") is not None
+    composed = OmegaConf.load("out/.hydra/config.yaml")
+    assert composed.network.pretrained == str(tiny_model)  # type: ignore[union-attr]
+    assert str(Path("out").absolute()) in capsys.readouterr().out
+
+
+def test_resumed_run_goes_on_from_the_last_checkpoint_and_keeps_the_first_log(tiny_model: Path) -> None:
+    arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", "output_dir=out", *QUIET]
+    assert run_verb("train", [*arguments, "trainer.max_epochs=1"]) == 0
+    before = Path("out/logs/version_0/metrics.csv").read_text(encoding="utf-8")
+    assert run_verb("train", [*arguments, "trainer.max_epochs=2", "ckpt_path=last"]) == 0
+    assert Path("out/logs/version_0/metrics.csv").read_text(encoding="utf-8") == before
+    with Path("out/logs/version_1/metrics.csv").open(encoding="utf-8") as file:
+        epochs = {row["epoch"] for row in csv.DictReader(file)}
+    assert epochs == {"1"}
+
+
+def test_reward_function_of_a_config_is_called_with_its_settings(tiny_model: Path) -> None:
+    def mean_score(scale: float) -> float:
+        output_dir = f"out{scale}"
+        reward = f"{{_target_: my_rewards.length, scale: {scale}}}"
+        assert run_verb("train", [*ppo, f"module.reward={reward}", f"output_dir={output_dir}"]) == 0
+        with Path(output_dir, "logs/version_0/metrics.csv").open(encoding="utf-8") as file:
+            return float(next(row["ppo/score"] for row in csv.DictReader(file) if row["ppo/score"]))
+
+    ppo = [
+        "module=ppo",
+        f"network.pretrained={tiny_model}",
+        "data.path=prompts.jsonl",
+        "module.minibatch_size=4",
+        "module.max_new_tokens=4",
+        "trainer.max_steps=1",
+        "data.batch_size=4",
+        *QUIET,
+    ]
+    assert mean_score(2.0) == pytest.approx(2 * mean_score(1.0))
+
+
+def test_sweep_gives_each_job_its_own_directory(tiny_model: Path) -> None:
+    arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", "output_dir=sweep", *QUIET]
+    assert run_verb("train", [*arguments, "module.learning_rate=0.0,0.1", "-m"]) == 0
+    for job in ("0", "1"):
+        assert Path("sweep", job, "model", "model.safetensors").exists()
+    weights = [Path("sweep", job, "model", "model.safetensors").read_bytes() for job in ("0", "1")]
+    assert weights[0] != weights[1]
+
+
+def wandb_records(folder: Path) -> list[Any]:
+    """Return the records of an offline run of Weights & Biases, read back from its file."""
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    return [wandb_internal_pb2.Record.FromString(data) for data in log_entries(file.read_bytes())]
+
+
+def log_entries(data: bytes) -> Iterator[bytes]:
+    """Yield the entries of a log in LevelDB's format: blocks of 32 KiB; checksum, length and kind before each part."""
+    block, header, position, entry = 32768, 7, 7, b""
+    whole, last = 1, 4
+    while position < len(data):
+        if block - position % block < header:
+            position += block - position % block
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + header])
+        position += header + length
+        entry += data[position - length : position]
+        if kind in (whole, last):
+            yield entry
+            entry = b""
+
+
+def test_offline_run_of_wandb_holds_config_metrics_and_samples(tiny_model: Path) -> None:
+    arguments = [
+        "module=ppo",
+        f"network.pretrained={tiny_model}",
+        "data.path=prompts.jsonl",
+        "data.batch_size=4",
+        "module.reward=my_rewards.py:length",
+        "module.minibatch_size=4",
+        "module.max_new_tokens=4",
+        "module.beta=0.125",
+        "trainer.max_steps=2",
+        "logger=wandb",
+        "logger.offline=true",
+        "output_dir=out",
+        *QUIET,
+    ]
+    assert run_verb("train", arguments) == 0
+    records = wandb_records(Path("out"))
+    config = {item.key: item.value_json for record in records for item in record.config.update}
+    config |= {item.key: item.value_json for record in records for item in record.run.config.update}
+    assert '"beta":0.125' in "".join(config.values()).replace(" ", "") or "0.125" in config["module/beta"]
+    logged_names = {item.key or "/".join(item.nested_key) for record in records for item in record.history.item}
+    print(sorted(logged_names))
+    assert {"ppo/score", "ppo/kl", "samples"} <= logged_names
+
+
+def test_wandb_without_an_account_is_an_input_error(tiny_model: Path, tmp_path: Path) -> None:
+    # In a process of its own: wandb reads its settings once.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    command = [sys.executable, "-m", "rlhf_lightning.cli.main", "train", f"network.pretrained={tiny_model}"]
+    result = subprocess.run(
+        [*command, "data.path=rows.jsonl", "logger=wandb", *QUIET],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "logger.offline=true" in result.stderr
+
+
+def test_setting_that_the_trainer_refuses_is_an_input_error(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", *QUIET, "trainer.max_epochs=-7"]
+    assert run_verb("train", arguments) == 2
+    assert "trainer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("signal_", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_run_says_what_is_kept_and_how_to_go_on(
+    signal_: signal.Signals, exit_code: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "rlhf_lightning.cli.main", "train", f"network.pretrained={tiny_model}"]
+    more = ["data.path=rows.jsonl", "output_dir=out", *QUIET, "logger=none", "trainer.max_epochs=100000"]
+    every_step = ["callbacks.checkpoint.every_n_train_steps=1"]
+    with subprocess.Popen(
+        [*command, *more, *every_step], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not Path("out/checkpoints/last.ckpt").exists():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal_)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == exit_code
+    assert "Traceback" not in errors
+    assert "the last checkpoint is" in errors
+    assert "ckpt_path=last" in errors
+    assert not Path("out/model").exists()
+
+
+def test_interrupts_of_every_kind_carry_the_hint() -> None:
+    def by_lightning() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    with pytest.raises(Stopped) as stop, resumable(lambda: "kept"):
+        by_lightning()
+    assert (stop.value.hint, stop.value.exit_code) == ("kept", 130)
+    with pytest.raises(SystemExit), resumable(lambda: "kept"):
+        sys.exit(3)
+
+
+def test_command_to_go_on_replaces_what_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/bin/rlhf", "train", "ckpt_path=old.ckpt", "a=b c"])
+    assert this_command("ckpt_path=last") == "rlhf train 'a=b c' ckpt_path=last"

@@ -1,0 +1,78 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.data import RewardDataModule
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.types import ComparisonBatch
+
+PAIR = {"prompt": "a", "chosen": "good", "rejected": "bad"}
+RANKING = {"prompt": "b", "responses": ["best", "fair", "worst"]}
+
+
+def texts(batch: ComparisonBatch, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [tokenizer.decode(row[mask]) for row, mask in zip(batch.tokens, batch.attention_mask, strict=True)]
+
+
+def test_pairs_and_rankings_share_a_batch(tokenizer: PreTrainedTokenizerBase) -> None:
+    data = RewardDataModule([PAIR, RANKING], tokenizer=tokenizer, val_fraction=0)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    found = set(zip(texts(batch, tokenizer), batch.ranks.tolist(), strict=True))
+    assert found == {
+        ("<bos>agood<eos>", 0),
+        ("<bos>abad<eos>", 1),
+        ("<bos>bbest<eos>", 0),
+        ("<bos>bfair<eos>", 1),
+        ("<bos>bworst<eos>", 2),
+    }
+    assert sorted(batch.prompt_index.bincount().tolist()) == [2, 3]
+
+
+def test_the_batch_size_counts_prompts(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{**RANKING, "prompt": str(i)} for i in range(10)]
+    data = RewardDataModule(rows, tokenizer=tokenizer, batch_size=4, val_fraction=0)
+    data.setup("fit")
+    assert [len(batch) for batch in data.train_dataloader()] == [12, 12, 6]
+
+
+def test_the_chosen_responses_come_once_each_and_in_order(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"prompt": str(i), "chosen": "good" * i, "rejected": "bad"} for i in range(1, 21)]
+    data = RewardDataModule(rows, tokenizer=tokenizer, batch_size=8, val_fraction=0.1)
+    data.setup("fit")
+    batches = list(data.chosen_dataloader())
+    expected = [f"<bos>{row.fields['prompt']}{row.fields['chosen']}<eos>" for row in data.train_rows]
+    assert [text for batch in batches for text in texts(batch, tokenizer)] == expected
+    assert len(expected) == 18
+    assert all((batch.ranks == 0).all() for batch in batches)
+
+
+def test_a_row_is_dropped_whole_where_one_response_is_too_long(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [PAIR, {**RANKING, "responses": ["best", "fair", "w" * 50]}]
+    data = RewardDataModule(rows, tokenizer=tokenizer, max_length=20, val_fraction=0)
+    data.setup("fit")
+    assert texts(next(iter(data.train_dataloader())), tokenizer) == ["<bos>agood<eos>", "<bos>abad<eos>"]
+
+
+def test_a_pad_token_that_is_the_end_token_is_an_error_that_names_the_remedy(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokenizer.pad_token = tokenizer.eos_token
+    with pytest.raises(InputError, match=r"must not be its end token '<eos>'.*network\.pad_token="):
+        RewardDataModule([PAIR], tokenizer=tokenizer).setup("fit")
+
+
+@pytest.mark.parametrize("row", [{**PAIR, "rejected": "good"}, {**RANKING, "responses": ["best"]}, {"text": "a"}])
+def test_a_bad_row_is_an_error_with_its_place(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"^row 1 of data\.path: "):
+        RewardDataModule([PAIR, row], tokenizer=tokenizer, val_fraction=0).setup("fit")
+
+
+def test_real_preferences_can_be_read(stories_tokenizer: PreTrainedTokenizerBase, real_data: Path) -> None:
+    path = real_data / "preferences" / "hh_harmless" / "pairs.jsonl"
+    data = RewardDataModule(path, tokenizer=stories_tokenizer, val_fraction=0)
+    data.setup("fit")
+    assert len(data.train_items) == 2308
+    assert all(len(item.sequences) == 2 for item in data.train_items)

@@ -1,0 +1,189 @@
+"""Every file below conf/ composes and instantiates, and shows the defaults that the constructors have."""
+
+import inspect
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from rlhf_lightning.cli.build import build, build_all
+from rlhf_lightning.cli.checks import check, plain, target, target_nodes
+from rlhf_lightning.cli.main import VERBS
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+GROUPS = ["module", "data", "network", "trainer", "logger", "callbacks"]
+OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+NEEDS_GPU = {("trainer", "gpu"), ("trainer", "ddp")}
+
+
+def compose(verb: str, *overrides: str) -> DictConfig:
+    with hydra.initialize_config_module("rlhf_lightning.conf", version_base="1.3"):
+        config = hydra.compose(verb, list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        with open_dict(config):
+            del config["hydra"]
+        return config
+
+
+def command(experiment: str) -> list[str]:
+    """Return verb and overrides of the command in an experiment's first comment that is not Hydra's."""
+    lines = (CONF / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8").splitlines()
+    first = next(line for line in lines if line.startswith("# ") and not line.startswith("# @"))
+    program, *arguments = first.removeprefix("# ").split()
+    assert program == "rlhf", f"{experiment}.yaml must begin with its command, not with {first!r}"
+    return arguments
+
+
+@pytest.fixture
+def filled(tiny_model: Path, tmp_path: Path) -> list[str]:
+    """What a user must give before anything can be built."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
+    return [f"network.pretrained={tiny_model}", f"data.path={rows}", f"output_dir={tmp_path}"]
+
+
+def build_everything(settings: dict[str, Any]) -> Iterator[Any]:
+    yield build("module", settings["module"])
+    yield build("data", settings["data"])
+    yield from build_all("logger", settings["logger"]).values()
+    yield from build_all("callbacks", settings["callbacks"]).values()
+    yield build("trainer", settings["trainer"], logger=False, enable_checkpointing=False)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_root_config_of_each_verb_composes(verb: str) -> None:
+    config = compose(verb)
+    assert {"seed", "output_dir"} <= set(config)
+    OmegaConf.to_container(config, resolve=True)
+
+
+def test_root_keys_that_stay_are_there() -> None:
+    kept = {"seed", "output_dir", "ckpt_path", "module", "data", "network", "trainer", "logger", "callbacks"}
+    for verb in ("train", "pipeline"):
+        assert kept <= set(compose(verb))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_of_every_group_composes_and_instantiates(group: str, option: str, filled: list[str]) -> None:
+    reward = ["module.reward=builtins:len"] if (group, option) == ("module", "ppo") else []
+    config = compose("train", f"{group}={option}", *filled, *reward)
+    settings = plain(config)
+    check(settings, known=list(config))
+    if (group, option) in NEEDS_GPU and not torch.cuda.is_available():
+        return
+    node = settings[group]
+    if group == "trainer":
+        build(group, node, logger=False, enable_checkpointing=False)
+    else:
+        assert None not in build_all(group, node).values()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_by_its_own_command_and_instantiates(experiment: str, filled: list[str]) -> None:
+    verb, *overrides = command(experiment)
+    if experiment != "world":  # which is what a bare `rlhf pipeline` plays
+        assert f"experiment={experiment}" in overrides
+    given = [override for override in filled if not override.startswith("data.path")] if verb == "train" else []
+    config = compose(verb, *overrides, *given)
+    if verb == "train":
+        settings = plain(config)
+        check(settings, known=list(config))
+        assert all(thing is not None for thing in build_everything(settings))
+
+
+def test_data_follow_the_module_unless_they_are_chosen(filled: list[str]) -> None:
+    def data(*overrides: str) -> str:
+        return str(compose("train", *overrides).data._target_).rsplit(".", 1)[-1]
+
+    assert data("module=reward") == "RewardDataModule"
+    assert data("module=ppo") == "PPODataModule"
+    assert data("module=ppo", "data=sft") == "SFTDataModule"
+
+
+def shown_defaults() -> Iterator[tuple[str, str, Any, inspect.Parameter]]:
+    """Yield config file, argument, value shown, parameter, of every node of ours."""
+    for group, option in OPTIONS:
+        config = compose("train", f"{group}={option}")
+        node = OmegaConf.to_container(config[group], resolve=False)
+        for _, part in target_nodes(node, group):
+            if part["_target_"].startswith("rlhf_lightning."):
+                parameters = inspect.signature(target(group, part["_target_"])).parameters
+                for name, parameter in parameters.items():
+                    value = part.get(name, inspect.Parameter.empty)
+                    yield f"{group}/{option}.yaml", name, value, parameter
+
+
+def test_configs_show_the_defaults_of_the_constructors() -> None:
+    wrong = [
+        f"{file}: {name} is {value!r}, the constructor says {parameter.default!r}"
+        for file, name, value, parameter in shown_defaults()
+        if value is not inspect.Parameter.empty
+        and parameter.default is not inspect.Parameter.empty
+        and not (isinstance(value, str) and "${" in value)
+        and (file, name) not in {("data/natural_instructions.yaml", "format")}
+        and value != parameter.default
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_configs_show_every_knob() -> None:
+    hidden = [
+        f"{file}: {name}"
+        for file, name, value, _ in shown_defaults()
+        # A tokenizer is an object; in a config it comes from the network.
+        if value is inspect.Parameter.empty and not name.endswith("tokenizer")
+    ]
+    assert not hidden, "\n".join(hidden)
+
+
+@pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONF)))
+def test_every_value_of_a_knob_has_a_comment(file: Path) -> None:
+    if file.parent.name not in {"module", "data", "network"}:
+        pytest.skip("only our own constructors have knobs")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    knobs = [line for line in lines if line[:1].isalpha() and not line.startswith(("_target_", "defaults:", "model:"))]
+    silent = [line for line in knobs if "#" not in line]
+    assert not silent, f"without a comment: {silent}"
+
+
+def test_every_package_is_shipped() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "rlhf_lightning").rglob("*.py")}
+    found = {".".join(folder.parts) for folder in folders}
+    assert set(settings["packages"]) == found | {"rlhf_lightning.conf"}
+
+
+def test_wheel_holds_every_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    # A copy, so that nothing is written beside the sources.
+    copy = tmp_path / "copy"
+    for name in ("rlhf_lightning", "conf"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    monkeypatch.chdir(copy)
+    wheel = tmp_path / build_wheel(tmp_path)
+    names = set(zipfile.ZipFile(wheel).namelist())
+    configs = {f"rlhf_lightning/conf/{file.relative_to(CONF)}" for file in CONF.rglob("*.yaml")}
+    assert configs | {"rlhf_lightning/py.typed", "rlhf_lightning/cli/main.py"} <= names
+    assert not {name for name in names if name.startswith(("conf/", "tests/"))}
+
+
+def build_wheel(folder: Path) -> str:
+    """Return the name of the wheel; in a process of its own, because setuptools changes this one's state."""
+    import subprocess
+    import sys
+
+    code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(folder)!r}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return result.stdout.strip().splitlines()[-1]
