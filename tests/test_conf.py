@@ -45,10 +45,10 @@ def command(experiment: str) -> list[str]:
 
 @pytest.fixture
 def filled(tiny_model: Path, tmp_path: Path) -> list[str]:
-    """What a user must give before anything can be built."""
+    """What a user must give before anything can be built; the folder stands in for the data of the experiments."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
-    return [f"network.pretrained={tiny_model}", f"data.path={rows}", f"output_dir={tmp_path}"]
+    return [f"network.pretrained={tiny_model}", f"data.path={rows}", f"output_dir={tmp_path}", f"data_root={tmp_path}"]
 
 
 def build_everything(settings: dict[str, Any]) -> Iterator[Any]:

@@ -1,7 +1,6 @@
 """From checked settings to objects."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -36,9 +35,3 @@ def build_all(path: str, nodes: Config | None) -> dict[str, Any]:
         return {}
     named: Mapping[str, Config | None] = {"": nodes} if "_target_" in nodes else nodes
     return {name: build(f"{path}.{name}".rstrip("."), node) for name, node in named.items() if node is not None}
-
-
-def check_exists(setting: str, path: str) -> None:
-    """Raise `InputError`, naming the setting, where there is no file or folder at ``path``."""
-    if not Path(path).exists():
-        raise InputError(f"{setting}={path} does not exist (seen from {Path.cwd()})")

@@ -3,8 +3,7 @@
 import inspect
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -31,7 +30,8 @@ def plain(config: DictConfig) -> Config:
     """Return the config as plain containers, interpolations resolved; raises `InputError` where a value is missing."""
     try:
         # A missing value counts where it is written, not again wherever an interpolation leads to it.
-        missing = sorted(_missing_keys(OmegaConf.to_container(config, resolve=False), ""))
+        leaves = _leaves(OmegaConf.to_container(config, resolve=False), "")
+        missing = sorted(path for path, value in leaves if value == "???")
         if missing:
             raise InputError("\n".join(_missing(key) for key in missing))
         return typing.cast(Config, OmegaConf.to_container(config, resolve=True))
@@ -39,22 +39,19 @@ def plain(config: DictConfig) -> Config:
         raise InputError(f"the config cannot be resolved: {str(error).splitlines()[0]}") from error
 
 
-def check(config: Config, *, known: Sequence[str], filled_later: Sequence[str] = ()) -> None:
+def check(config: Config, *, known: Sequence[str]) -> None:
     """Compare every node that has a `_target_` with what it calls, before anything slow is built.
 
-    ``known`` are the root keys of the verb, ``filled_later`` patterns of settings that may be null until the verb gives
-    them a value ("data.*.path"). Raises `InputError` for a setting that does not exist, also one added with ``+``, for
-    one that is required and not there, and for a value of the wrong basic type.
+    ``known`` are the root keys of the verb. Raises `InputError` for a setting that does not exist, also one added with
+    ``+``, for one that is required and not there, and for a value of the wrong basic type.
     """
     for key in config:
         near = did_you_mean(key, known)
         if key not in known and near:
             raise InputError(f"{key} is not a setting{near}")
+    _check_data_root(config)
     for path, node in target_nodes(config, ""):
-        filled = {name for name in node if any(fnmatch(f"{path}.{name}", pattern) for pattern in filled_later)}
-        _check_node(
-            path, {name: value for name, value in node.items() if value is not None or name not in filled}, filled
-        )
+        _check_node(path, node)
 
 
 def target_nodes(node: object, path: str) -> Iterator[tuple[str, Config]]:
@@ -87,40 +84,46 @@ def is_reward_function(path: str, node: Config) -> bool:
     return path.split(".")[-1] == "reward" and inspect.isfunction(target(path, node["_target_"]))
 
 
+def _check_data_root(config: Config) -> None:
+    if "data_root" not in config or Path(config["data_root"]).exists():
+        return
+    for path, value in _leaves(config, ""):
+        if isinstance(value, str) and value.startswith(f"{config['data_root']}/"):
+            raise InputError(
+                f"data_root={config['data_root']} does not exist, and {path} lies in it: pass data_root=FOLDER, or set "
+                "the environment variable RLHF_LIGHTNING_DATA"
+            )
+
+
+def _leaves(node: object, path: str) -> Iterator[tuple[str, object]]:
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+    if children is None:
+        yield path, node
+        return
+    for key, child in children:
+        yield from _leaves(child, f"{path}.{key}".lstrip("."))
+
+
 def _missing(key: str) -> str:
     what = f" ({WHAT_TO_PASS[key]})" if key in WHAT_TO_PASS else ""
     return f"{key} is required{what}: pass {key}=VALUE"
 
 
-def _missing_keys(node: object, path: str) -> Iterator[str]:
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, child in children:
-        yield from _missing_keys(child, f"{path}.{key}".lstrip("."))
-    if node == "???":
-        yield path
-
-
-def _check_node(path: str, node: Config, filled_later: Collection[str]) -> None:
+def _check_node(path: str, node: Config) -> None:
     called = target(path, node["_target_"])
     try:
         parameters = inspect.signature(called).parameters
     except (TypeError, ValueError):  # built in C: nothing is known about its arguments
         return
     settings = {key: value for key, value in node.items() if key not in HYDRAS_OWN}
-    _check_names(path, node, settings, parameters, filled_later)
+    _check_names(path, node, settings, parameters)
     annotations = _annotations(called)
     for key, value in settings.items():
         if key in parameters and key in annotations and not fits(value, annotations[key]):
             raise InputError(f"{path}.{key} must be {_spelled(annotations[key])}, not {value!r}")
 
 
-def _check_names(
-    path: str,
-    node: Config,
-    settings: Config,
-    parameters: Mapping[str, inspect.Parameter],
-    filled_later: Collection[str],
-) -> None:
+def _check_names(path: str, node: Config, settings: Config, parameters: Mapping[str, inspect.Parameter]) -> None:
     kinds = {parameter.kind for parameter in parameters.values()}
     named = [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     for key in settings:
@@ -130,7 +133,7 @@ def _check_names(
     if "_args_" in node or "_partial_" in node or is_reward_function(path, node):
         return
     for name in named:
-        if parameters[name].default is inspect.Parameter.empty and name not in {*settings, *filled_later}:
+        if parameters[name].default is inspect.Parameter.empty and name not in settings:
             raise InputError(_missing(f"{path}.{name}"))
 
 

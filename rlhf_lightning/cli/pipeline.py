@@ -1,14 +1,14 @@
 """`rlhf pipeline`: fine-tuning, reward model, PPO and the report, each stage reading the folder of the one before."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from rlhf_lightning.cli.build import build, check_exists
+from rlhf_lightning.cli.build import build
 from rlhf_lightning.cli.checks import Config, check, plain
+from rlhf_lightning.cli.console import quieten_libraries
 from rlhf_lightning.cli.interrupts import resumable
 from rlhf_lightning.cli.stages import Records, run_stage
 from rlhf_lightning.cli.train import ROOT_KEYS as TRAIN_KEYS
@@ -16,146 +16,206 @@ from rlhf_lightning.cli.train import build_trainer, log_settings
 from rlhf_lightning.errors import InputError
 
 if TYPE_CHECKING:
-    from lightning import LightningDataModule, LightningModule, Trainer
+    from lightning import LightningDataModule, LightningModule
     from lightning.pytorch.callbacks import Callback
 
+    from rlhf_lightning.types import RewardFunction
+
 ROOT_KEYS = [*TRAIN_KEYS, "world", "evaluate"]
+
+WORLD_FILES = {
+    "pretrain": {"path": "text.jsonl"},
+    "sft": {"path": "demonstrations.jsonl"},
+    "reward": {"path": "comparisons.jsonl", "val_path": "comparisons_held_out.jsonl"},
+    "ppo": {"path": "prompts.jsonl", "val_path": "held_out.jsonl"},
+}
 
 
 def run(config: DictConfig) -> None:
     """Run what is not complete yet, and say where everything is."""
     settings = plain(config)
+    wire(settings)
     check(settings, known=ROOT_KEYS)
+    quieten_libraries()
     pipeline = Pipeline(settings)
     with resumable(lambda: f"finished stages are kept in {pipeline.folder}; the same command goes on after them"):
         pipeline.run()
 
 
+def wire(settings: Config) -> None:
+    """Fill in where each stage reads: the user's files or the world's, and the folder of the stage before.
+
+    Raises `InputError` where the user's files or network are not all named. A stage without a file is left out, and
+    what follows reads what it would have read.
+    """
+    folder = Path(settings["output_dir"])
+    data, module = settings["data"], settings["module"]
+    if settings["world"] is not None:
+        for stage, files in WORLD_FILES.items():
+            data[stage] |= {name: str(folder / "data" / file) for name, file in files.items()}
+        settings["network"]["pretrained"] = str(folder / "initial")
+    _check_sources(settings)
+    model = settings["network"]["pretrained"]
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        module[stage]["model"] = {**settings["network"], "pretrained": model}
+        if data[stage]["path"] is None:
+            del data[stage], module[stage]
+        elif stage in ("pretrain", "sft"):
+            model = str(folder / stage)
+        elif stage == "reward":
+            module["ppo"]["reward"] = str(folder / "reward")
+
+
+def _check_sources(settings: Config) -> None:
+    data = settings["data"]
+    if settings["network"]["pretrained"] is None:
+        raise InputError(
+            "network.pretrained is required (a Hugging Face folder or hub name) when the pipeline runs on your files; "
+            "with neither of them, `rlhf pipeline` runs on its embedded world"
+        )
+    if data["ppo"]["path"] is None:
+        raise InputError("data.ppo.path is required (a .jsonl file with rows {prompt}): pass data.ppo.path=FILE")
+    if data["reward"]["path"] is None and settings["module"]["ppo"]["reward"] is None:
+        raise InputError(
+            "a reward is required: pass data.reward.path=FILE with comparisons to train one, or module.ppo.reward= a "
+            "reward-model folder, a hub name, or file.py:function"
+        )
+
+
 class Pipeline:
-    """The stages in order, on the user's files or, where ``world`` is set, on the embedded world."""
+    """The stages in order, each run once and skipped where it is complete."""
 
     def __init__(self, settings: Config) -> None:
-        """Check where model and data come from before anything is run."""
+        """Take settings that `wire` has filled in."""
         self.settings = settings
         self.folder = Path(settings["output_dir"])
         self.records = Records(self.folder / "stages")
         self.done: dict[str, Config] = {}
-        if settings["world"] is None:
-            check_sources(settings)
 
     def run(self) -> None:
-        """Run the stages, each skipped where it is complete, and write the report."""
+        """Run the stages and write the report."""
         if self.settings["world"] is not None:
             self._make_world()
-        base = self._pretrain()
-        policy = self._fine_tune(base)
-        reward = self._train_reward(policy)
-        self._ppo(policy, reward)
-        self._evaluate({"pretrained": base, "sft": policy, "ppo": str(self.folder / "ppo")}, reward)
+        for stage in ("pretrain", "sft", "reward", "ppo"):
+            if stage not in self.settings["module"]:
+                continue
+            if stage == "reward" and self.settings["world"] is not None:
+                self._compare()
+            self._train(stage)
+        self._evaluate()
+        self._report()
 
     def _make_world(self) -> None:
         from rlhf_lightning.world.story import write_world
 
-        world, data = self.settings["world"], self.folder / "data"
-        self._stage("world", {"world": world}, lambda: write_world(self.folder, seed=self.settings["seed"], **world))
-        paths = {
-            "pretrain": {"path": str(data / "text.jsonl")},
-            "sft": {"path": str(data / "demonstrations.jsonl")},
-            "reward": {"path": str(data / "comparisons.jsonl"), "val_path": str(data / "comparisons_held_out.jsonl")},
-            "ppo": {"path": str(data / "prompts.jsonl"), "val_path": str(data / "held_out.jsonl")},
-        }
-        for stage, path in paths.items():
-            self.settings["data"][stage] |= path
+        world, seed = self.settings["world"], self.settings["seed"]
+        self._stage("world", {"world": world, "seed": seed}, lambda: write_world(self.folder, seed=seed, **world))
 
-    def _pretrain(self) -> str:
-        """Return what fine-tuning starts from: a network made and pre-trained here, or the one that was given."""
-        if self.settings["world"] is None:
-            return str(self.settings["network"]["pretrained"])
-        return self._train("pretrain", str(self.folder / "initial"))
-
-    def _fine_tune(self, base: str) -> str:
-        if self.settings["data"]["sft"]["path"] is None:
-            return _skipped("sft", "data.sft.path is not set", base)
-        return self._train("sft", base)
-
-    def _train_reward(self, policy: str) -> Any:
-        """Return the reward that PPO maximises: the one that was given, or the model trained here."""
-        if self.settings["data"]["reward"]["path"] is None:
-            return _skipped("reward", "data.reward.path is not set", self.settings["module"]["ppo"]["reward"])
-        if self.settings["world"] is not None:
-            self._compare(policy)
-        return self._train("reward", policy)
-
-    def _compare(self, policy: str) -> None:
+    def _compare(self) -> None:
         """Let the world's judge rank what the fine-tuned policy samples."""
         from rlhf_lightning.world.story import write_comparisons
 
-        world = self.settings["world"]
+        world, seed = self.settings["world"], self.settings["seed"]
+        policy = self.settings["module"]["reward"]["model"]["pretrained"]
         self._stage(
             "comparisons",
-            {"world": world},
-            lambda: write_comparisons(
-                self.folder / "data", policy, self._sampling(), seed=self.settings["seed"], **world
-            ),
+            {"world": world, "seed": seed, "sampling": self._sampling()},
+            lambda: write_comparisons(self.folder / "data", self._sampler(policy), seed=seed, **world),
         )
 
-    def _ppo(self, policy: str, reward: Any) -> None:
-        self.settings["module"]["ppo"]["reward"] = reward
-        callbacks: Callable[[], list[Callback]] = list
-        if self.settings["world"] is not None:
-            from rlhf_lightning.callbacks import ScoreMonitor
-            from rlhf_lightning.world import Judge
+    def _train(self, stage: str) -> None:
+        """Train one stage into its folder."""
+        settings = {name: self.settings[name][stage] for name in ("module", "data", "trainer")}
+        settings["seed"] = self.settings["seed"]
+        callbacks = self._onlookers() if stage == "ppo" else []
+        self._stage(stage, settings, lambda: train(self.settings | settings, stage, self.folder, callbacks))
 
-            # For the report's curve alone: nothing of the judge reaches the updates.
-            def callbacks() -> "list[Callback]":
-                return [ScoreMonitor("judge_score", Judge().score)]
+    def _onlookers(self) -> "list[Callback]":
+        """Return the judge as a monitor of PPO, for the report's curve alone: nothing of it reaches the updates."""
+        from rlhf_lightning.callbacks import ScoreMonitor
 
-        self._train("ppo", policy, callbacks=callbacks)
+        judge = self._judge()
+        return [] if judge is None else [ScoreMonitor("judge_score", judge)]
 
-    def _train(self, stage: str, model: str, *, callbacks: "Callable[[], list[Callback]]" = list) -> str:
-        """Train one stage from the folder ``model`` and return the folder that it writes."""
-        network = {**self.settings["network"], "pretrained": model}
-        settings = {
-            "seed": self.settings["seed"],
-            "module": {**self.settings["module"][stage], "model": network},
-            "data": self.settings["data"][stage],
-            "trainer": self.settings["trainer"][stage],
-        }
-        self._stage(stage, settings, lambda: train(self.settings | settings, stage, self.folder, callbacks()))
-        return str(self.folder / stage)
+    def _judge(self) -> "RewardFunction | None":
+        from rlhf_lightning.world import Judge
 
-    def _evaluate(self, policies: dict[str, str], reward: Any) -> None:
-        """Let the judge, or else the reward, compare the policies on held-out prompts, and write the report."""
+        return None if self.settings["world"] is None else Judge().score
+
+    def _evaluate(self) -> None:
         settings = {
             "seed": self.settings["seed"],
             "evaluate": self.settings["evaluate"],
             "sampling": self._sampling(),
             "data": self.settings["data"]["ppo"],
         }
-        self._stage("evaluate", settings, lambda: self._gather(policies, reward))
-        self._report()
+        self._stage("evaluate", settings, self._gather)
 
-    def _gather(self, policies: dict[str, str], reward: Any) -> Config:
+    def _gather(self) -> Config:
+        """Let the judge and the reward compare the policies on held-out prompts, and measure the reward model."""
         from rlhf_lightning.evaluation.evidence import gather_answers, measure_reward
         from rlhf_lightning.modules import RewardModule
-        from rlhf_lightning.world import Judge
 
-        judge = None if self.settings["world"] is None else Judge().score
-        sampling, seed = self._sampling(), self.settings["seed"]
-        found = gather_answers(policies, self._held_out_prompts, reward=reward, judge=judge, seed=seed, **sampling)
-        if "reward" in self.done:
-            model = RewardModule(reward)
+        found = gather_answers(
+            self._policies(),
+            self._held_out_prompts,
+            reward=self._reward(),
+            judge=self._judge(),
+            seed=self.settings["seed"],
+            **self._sampling(),
+        )
+        if "reward" in self.settings["module"]:
+            model = RewardModule(self.folder / "reward")
             data = build("data.reward", self.settings["data"]["reward"], tokenizer=model.tokenizer)
             data.setup("validate")
             found["reward_card"] = measure_reward(model, data.val_dataloader()).as_dict()
         return found
 
+    def _reward(self) -> Any:
+        reward = self.settings["module"]["ppo"]["reward"]
+        return build("module.ppo.reward", reward) if isinstance(reward, dict) else reward
+
+    def _policies(self) -> dict[str, str]:
+        """Return the folders to compare: before fine-tuning, before PPO (which is PPO's reference), and after."""
+        module = self.settings["module"]
+        first = next(iter(module.values()))["model"]["pretrained"]
+        started = str(self.folder / "pretrain") if "pretrain" in module else first
+        policies = {"pretrained": started, "sft": module["ppo"]["model"]["pretrained"], "ppo": str(self.folder / "ppo")}
+        if policies["pretrained"] == policies["sft"]:
+            del policies["pretrained"]
+        return policies
+
     def _held_out_prompts(self, tokenizer: Any, max_length: int | None) -> list[Any]:
-        """Return PPO's validation prompts, the first ``evaluate.prompts`` of them in whole batches."""
-        data = build("data.ppo", self.settings["data"]["ppo"], tokenizer=tokenizer, max_prompt_length=max_length)
-        data.setup("validate")
+        """Return PPO's validation prompts, whole batches until there are ``evaluate.prompts``."""
+        batches = self._prompts({"max_prompt_length": max_length}, tokenizer)
         count = self.settings["evaluate"]["prompts"]
-        return list(data.val_dataloader())[: -(-count // data.batch_size)]
+        return batches[: -(-count // self.settings["data"]["ppo"]["batch_size"])]
+
+    def _sampler(self, policy: str) -> "Callable[[Sequence[Any], int], list[str]]":
+        """Return the function that samples a response of the policy to the prompt of each row."""
+        from rlhf_lightning.evaluation.policies import answer
+        from rlhf_lightning.networks import load_policy, load_tokenizer
+
+        def sample(rows: "Sequence[Any]", seed: int) -> list[str]:
+            network, tokenizer = load_policy(policy), load_tokenizer(policy)
+            batches = self._prompts({"path": rows, "val_path": rows}, tokenizer)
+            return answer(network, tokenizer, batches, seed=seed, **self._sampling()).responses
+
+        return sample
+
+    def _prompts(self, changes: Config, tokenizer: Any) -> list[Any]:
+        """Return the validation prompts of PPO's data with some of its settings changed."""
+        data = build("data.ppo", self.settings["data"]["ppo"] | changes, tokenizer=tokenizer)
+        data.setup("validate")
+        return list(data.val_dataloader())
+
+    def _sampling(self) -> Config:
+        """Return how responses are sampled outside of training: as PPO samples them."""
+        ppo = self.settings["module"]["ppo"]
+        return {"max_new_tokens": ppo["max_new_tokens"], "temperature": ppo["temperature"]}
+
+    def _stage(self, name: str, settings: Config, body: Callable[[], Config]) -> None:
+        self.done[name] = run_stage(self.records, name, settings, body)
 
     def _report(self) -> None:
         from rlhf_lightning.evaluation.report import write_report
@@ -167,16 +227,7 @@ class Pipeline:
             judge="reward model" if self.settings["world"] is None else "world",
             samples=self.settings["evaluate"]["samples"],
         )
-        page = write_report(report, self.folder)
-        say(self.folder, page, report)
-
-    def _sampling(self) -> Config:
-        """Return how responses are sampled outside of training: as PPO samples them."""
-        ppo = self.settings["module"]["ppo"]
-        return {"max_new_tokens": ppo["max_new_tokens"], "temperature": ppo["temperature"]}
-
-    def _stage(self, name: str, settings: Config, body: Callable[[], Config]) -> None:
-        self.done[name] = run_stage(self.records, name, settings, body)
+        say(self.folder, write_report(report, self.folder), report)
 
 
 def train(settings: Config, stage: str, folder: Path, callbacks: "list[Callback]") -> Config:
@@ -190,8 +241,7 @@ def train(settings: Config, stage: str, folder: Path, callbacks: "list[Callback]
     module: LightningModule = build(f"module.{stage}", settings["module"])
     data: LightningDataModule = build(f"data.{stage}", settings["data"])
     history = History()
-    trainer = build_trainer(stage_settings(settings, stage, folder))
-    trainer.callbacks.extend([*callbacks, history])
+    trainer = build_trainer(stage_settings(settings, stage, folder), [*callbacks, history])
     log_settings(trainer, settings)
     trainer.fit(module, datamodule=data)
     return {
@@ -211,44 +261,21 @@ def stage_settings(settings: Config, stage: str, folder: Path) -> Config:
     return {**settings, "callbacks": {**settings["callbacks"], "export": export}, "logger": logger}
 
 
-def check_sources(settings: Config) -> None:
-    """Raise `InputError` where the user's files or network are not all named, or not there."""
-    if settings["network"]["pretrained"] is None:
-        raise InputError(
-            "network.pretrained is required (a Hugging Face folder or hub name) when the pipeline runs on your files; "
-            "without any data.*.path and network.pretrained it runs on the embedded world"
-        )
-    if settings["data"]["ppo"]["path"] is None:
-        raise InputError("data.ppo.path is required (prompts, a .jsonl file): PPO is what the pipeline is for")
-    if settings["data"]["reward"]["path"] is None and settings["module"]["ppo"]["reward"] is None:
-        raise InputError(
-            "a reward is required: pass data.reward.path=COMPARISONS to train one, or module.ppo.reward=FOLDER or "
-            "file.py:function"
-        )
-
-
 def say(folder: Path, page: Path, report: Config) -> None:
     """Print where everything is, the figures, and one sample before and after."""
     from rich.console import Console
 
-    console = Console(highlight=False)
     sample = report["samples"][0]
+    stages = [name for name in ("pretrain", "sft", "reward", "ppo") if (folder / name).exists()]
+    rates = report["win_rate"].items()
     lines = [
         "",
-        *(f"{name:<22} {folder / name}" for name in ("pretrain", "sft", "reward", "ppo") if (folder / name).exists()),
-        f"{'report':<22} {page}",
+        *(f"{name:<12}{folder / name}" for name in stages),
+        f"{'report':<12}{page}",
         "",
-        *(
-            f"win rate against demonstrations, {name:<11} {rate['mean']:.1%} ({rate['low']:.1%} to {rate['high']:.1%})"
-            for name, rate in report["win_rate"].items()
-        ),
+        *(f"{name:<12}wins {rate['mean']:.0%} [{rate['low']:.0%}, {rate['high']:.0%}]" for name, rate in rates),
         "",
-        f"prompt      {sample['prompt']}",
-        *(f"{name:<11} {text}" for name, text in sample["responses"].items() if name in ("sft", "ppo")),
+        f"{'prompt':<12}{sample['prompt']}",
+        *(f"{name:<12}{sample['responses'][name]}" for name in ("sft", "ppo")),
     ]
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
-
-
-def _skipped(stage: str, why: str, value: Any) -> Any:
-    print(f"\n=== {stage}: left out, {why}", flush=True)
-    return value
+    Console(highlight=False).print("\n".join(lines), markup=False, soft_wrap=True)

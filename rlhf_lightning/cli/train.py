@@ -1,6 +1,6 @@
 """`rlhf train`: one stage with Lightning's Trainer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from rlhf_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.loggers import WandbLogger
 
 ROOT_KEYS = [
@@ -53,11 +54,11 @@ def run(config: DictConfig) -> float | None:
     return objective(trainer)
 
 
-def build_trainer(settings: Config, path: str = "trainer") -> "Trainer":
-    """Return the Trainer with the callbacks and loggers of the settings."""
-    callbacks = list(build_all("callbacks", settings["callbacks"]).values())
+def build_trainer(settings: Config, more_callbacks: "Sequence[Callback]" = ()) -> "Trainer":
+    """Return the Trainer with the callbacks and loggers of the settings, and ``more_callbacks`` behind them."""
+    callbacks = [*build_all("callbacks", settings["callbacks"]).values(), *more_callbacks]
     loggers = list(build_all("logger", settings["logger"]).values())
-    trainer: Trainer = build(path, settings[path], callbacks=callbacks, logger=loggers or False)
+    trainer: Trainer = build("trainer", settings["trainer"], callbacks=callbacks, logger=loggers or False)
     return trainer
 
 

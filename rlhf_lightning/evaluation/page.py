@@ -132,7 +132,7 @@ def _ppo(report: Report, figures: Mapping[str, str]) -> str:
     # Where the reward model stands in for a judge, this would be the same number again.
     if report["judge"] != "reward model" and {"sft", "ppo"} <= report["judge_score"].keys():
         scores = report["judge_score"]
-        rows.append([f"score of the judge ({_judge(report)})", number(scores["sft"]), number(scores["ppo"])])
+        rows.append(["score of the judge", number(scores["sft"]), number(scores["ppo"])])
     if "kl" in ppo:
         rows.append(["KL to the reference, nats a response", "0", number(ppo["kl"])])
     note = "Before and after PPO, on held-out prompts. The faint line is each rollout, the clear one its moving mean."
@@ -236,9 +236,9 @@ def number(value: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """Return seconds as people read them."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
@@ -248,10 +248,6 @@ def _rates(report: Report) -> Iterable[tuple[str, Mapping[str, float | None]]]:
 
 def _memory(report: Report) -> str:
     return f"at most {number(report['peak_memory_gb'])} GB of memory"
-
-
-def _judge(report: Report) -> str:
-    return f"the {report['judge']}"
 
 
 def _css_class(policy: str) -> str:
@@ -275,7 +271,7 @@ section > p, .lead { color: var(--quiet); max-width: 92ch; margin: 0 0 16px; }
 .card { background: var(--wash); border-radius: 10px; padding: 14px 16px; font-size: 14px; line-height: 1.35; }
 .card b { display: block; font-size: 23px; line-height: 1.3; white-space: nowrap; letter-spacing: -0.01em; }
 .card small { display: block; color: var(--quiet); font-size: 13px; }
-.beside { display: grid; grid-template-columns: minmax(0, 1.3fr) minmax(0, 1fr); gap: 28px; align-items: center; }
+.beside { display: grid; grid-template-columns: minmax(0, 1.3fr) minmax(0, 1fr); gap: 28px; align-items: start; }
 @media (max-width: 860px) { .beside { grid-template-columns: minmax(0, 1fr); } }
 figure { margin: 0 0 16px; background: #fff; border-radius: 10px; padding: 4px; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }

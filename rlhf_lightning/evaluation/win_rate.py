@@ -32,7 +32,8 @@ def win_rate(scores: Sequence[float], reference_scores: Sequence[float], *, conf
     wins = sum(score > reference for score, reference in pairs)
     losses = sum(score < reference for score, reference in pairs)
     low, high = paired_difference_interval(wins, losses, len(pairs), confidence=confidence)
-    return Interval((1 + (wins - losses) / len(pairs)) / 2, (1 + low) / 2, (1 + high) / 2)
+    ties = len(pairs) - wins - losses
+    return Interval((wins + ties / 2) / len(pairs), (1 + low) / 2, (1 + high) / 2)
 
 
 def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:

@@ -1,7 +1,28 @@
-"""The embedded world: data for every stage, drawn from a seed, and a judge that knows the truth."""
+"""The embedded world: a tiny textual universe, drawn from a seed, in which the whole pipeline runs on two CPU cores."""
 
+from rlhf_lightning.world.corpus import Flaws, demonstrations, prompts, raw_text
 from rlhf_lightning.world.instructions import Instruction, all_instructions, parse, split
-from rlhf_lightning.world.judge import Judge, Verdict
+from rlhf_lightning.world.judge import Judge, Verdict, ceiling, label, rank, temperature_for_agreement
+from rlhf_lightning.world.network import build_network, build_tokenizer
 from rlhf_lightning.world.topics import TOPICS, Topic
 
-__all__ = ["TOPICS", "Instruction", "Judge", "Topic", "Verdict", "all_instructions", "parse", "split"]
+__all__ = [
+    "TOPICS",
+    "Flaws",
+    "Instruction",
+    "Judge",
+    "Topic",
+    "Verdict",
+    "all_instructions",
+    "build_network",
+    "build_tokenizer",
+    "ceiling",
+    "demonstrations",
+    "label",
+    "parse",
+    "prompts",
+    "rank",
+    "raw_text",
+    "split",
+    "temperature_for_agreement",
+]

@@ -1,80 +1,119 @@
-"""What people have written in the world: raw text, and demonstrations of mixed quality."""
+"""What is written in the world: raw text as it lies on the web, demonstrations as people write them, prompts."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_lightning.world.instructions import Instruction
-from rlhf_lightning.world.topics import TOPICS, Topic
+from rlhf_lightning.world.topics import TOPICS, Register, Topic, other
 
-Row = dict[str, str]
+LISTS = 0.5
+"""Share of the raw texts that are lists of instructions; the others are articles."""
+SAME_TOPIC = 0.5
+"""Share of these lists that stay with one topic."""
+TITLED = 0.7
+"""Share of the articles under a title line."""
+MIXED = 0.2
+"""Share of the articles that use both registers."""
+TITLES: dict[Register, tuple[str, ...]] = {
+    "simple": ("All about {topic}", "{topic} for children"),
+    "technical": ("Notes on {topic}", "The science of {topic}"),
+}
 
 
 @dataclass(frozen=True)
-class Habits:
-    """How often the authors of demonstrations do what was not asked for; several can happen at once."""
+class Flaws:
+    """How probable it is that a person who answers makes each mistake; several can meet in one demonstration."""
 
-    too_long: float = 0.35
-    off_register: float = 0.25
-    other_topic: float = 0.2
-    repeated: float = 0.15
-    too_short: float = 0.1
+    too_long: float = 0.30
+    """One or two facts more than asked for."""
+    too_short: float = 0.10
+    """One fact less, where more than one was asked for; never together with too many."""
+    off_register: float = 0.40
+    """One or more sentences in the register of another audience."""
+    off_topic: float = 0.22
+    """A fact of another topic in place of one."""
+    repeated: float = 0.12
+    """One fact told again in place of another, where there are two."""
 
 
-def raw_text(count: int, instructions: Sequence[Instruction], *, seed: int) -> list[Row]:
-    """Return documents as they stand on the web: half of them articles, half lists of instructions.
+def raw_text(n: int, instructions: Sequence[Instruction], *, seed: int) -> list[dict[str, str]]:
+    """Return ``n`` rows ``{text}`` of text to pre-train on: lists of some of the instructions, and articles.
 
-    An instruction is never followed by its answer, so that a model of this text continues one by more of its kind.
+    No instruction is ever followed by its answer: a model of this text continues an instruction with another one.
     """
-    rng = random.Random(f"raw text {seed}")
-    kinds: list[Callable[[random.Random], str]] = [_article, lambda rng: _list(rng, instructions)]
-    return [{"text": kinds[i % 2](rng)} for i in range(count)]
+    generator = random.Random(seed)
+    by_topic = {topic.name: [one for one in instructions if one.topic == topic] for topic in TOPICS}
+    rows = []
+    for _ in range(n):
+        topic = generator.choice(TOPICS)
+        if generator.random() >= LISTS:
+            rows.append({"text": _article(topic, generator)})
+        elif generator.random() < SAME_TOPIC:
+            rows.append({"text": _list(by_topic[topic.name], generator)})
+        else:
+            rows.append({"text": _list(instructions, generator)})
+    return rows
 
 
-def demonstrations(instructions: Sequence[Instruction], *, seed: int, habits: Habits | None = None) -> list[Row]:
-    """Return a person's answer to each instruction."""
-    rng = random.Random(f"demonstrations {seed}")
-    return [{"prompt": i.text, "response": _answer(rng, i, habits or Habits())} for i in instructions]
+def demonstrations(instructions: Sequence[Instruction], *, seed: int, flaws: Flaws = Flaws()) -> list[dict[str, str]]:
+    """Return one row ``{prompt, response}`` per instruction, answered as people do: rightly, or with flaws."""
+    generator = random.Random(seed)
+    return [{"prompt": one.text, "response": _answer(one, flaws, generator)} for one in instructions]
 
 
-def prompts(instructions: Sequence[Instruction]) -> list[Row]:
-    """Return the instructions alone."""
-    return [{"prompt": instruction.text} for instruction in instructions]
+def prompts(instructions: Sequence[Instruction]) -> list[dict[str, str]]:
+    """Return one row ``{prompt}`` per instruction."""
+    return [{"prompt": one.text} for one in instructions]
 
 
-def _article(rng: random.Random) -> str:
-    topic = rng.choice(TOPICS)
-    registers = rng.choice([(topic.simple,), (topic.technical,), (topic.simple, topic.technical)])
-    facts = [fact for register in registers for fact in rng.sample(register, k=rng.randint(2, 4))]
-    title = f"{topic.name[0].upper()}{topic.name[1:]}\n" if rng.random() < 0.5 else ""
-    return title + " ".join(facts)
+def _list(instructions: Sequence[Instruction], generator: random.Random) -> str:
+    return "\n".join(one.text for one in generator.sample(instructions, k=generator.randint(3, 6)))
 
 
-def _list(rng: random.Random, instructions: Sequence[Instruction]) -> str:
-    return "\n".join(i.text for i in rng.sample(instructions, k=rng.randint(3, 6)))
+def _article(topic: Topic, generator: random.Random) -> str:
+    """Return three or four facts of a topic, mostly in one register, mostly under a title."""
+    register: Register = generator.choice(("simple", "technical"))
+    numbers = generator.sample(range(len(topic.simple)), k=generator.randint(3, 4))
+    told = topic.told(register)
+    sentences = [told[number] for number in numbers]
+    if generator.random() < MIXED:
+        _change_register(sentences, numbers, topic.told(other(register)), generator)
+    paragraph = " ".join(sentences)
+    if generator.random() >= TITLED:
+        return paragraph
+    title = generator.choice(TITLES[register]).format(topic=topic.name)
+    return f"{title[0].upper()}{title[1:]}\n{paragraph}"
 
 
-def _answer(rng: random.Random, instruction: Instruction, habits: Habits) -> str:
-    """Start from a right answer, and do with it what people do."""
-    facts = rng.sample(instruction.facts, k=instruction.sentences)
-    if rng.random() < habits.too_short and len(facts) > 1:
-        facts.pop()
-    if rng.random() < habits.off_register:
-        facts = [_in_other_register(instruction.topic, fact) if rng.random() < 0.6 else fact for fact in facts]
-    if rng.random() < habits.other_topic:
-        facts[rng.randrange(len(facts))] = _stray(rng, instruction)
-    if rng.random() < habits.too_long:
-        facts += [rng.choice(instruction.facts) for _ in range(rng.randint(1, 2))]
-    if rng.random() < habits.repeated:
-        facts.insert(rng.randrange(len(facts)), rng.choice(facts))
-    return " ".join(facts)
+def _answer(instruction: Instruction, flaws: Flaws, generator: random.Random) -> str:
+    """Return facts of the topic in random order, changed by each flaw in turn that the writer falls into."""
+    topic, register = instruction.topic, instruction.register
+    told = topic.told(register)
+    count = _length(instruction.sentences, len(told), flaws, generator)
+    numbers = generator.sample(range(len(told)), k=count)
+    if count > 1 and generator.random() < flaws.repeated:
+        first, second = generator.sample(range(count), k=2)
+        numbers[second] = numbers[first]
+    sentences = [told[number] for number in numbers]
+    if generator.random() < flaws.off_register:
+        _change_register(sentences, numbers, topic.told(other(register)), generator)
+    if generator.random() < flaws.off_topic:
+        stranger = generator.choice([one for one in TOPICS if one != topic])
+        sentences[generator.randrange(count)] = generator.choice(stranger.told(register))
+    return " ".join(sentences)
 
 
-def _in_other_register(topic: Topic, fact: str) -> str:
-    same = {**dict(zip(topic.simple, topic.technical, strict=True)), **dict(zip(topic.technical, topic.simple, strict=True))}
-    return same[fact]
+def _length(asked: int, known: int, flaws: Flaws, generator: random.Random) -> int:
+    drawn = generator.random()
+    if drawn < flaws.too_long:
+        return min(asked + generator.randint(1, 2), known)
+    return asked - 1 if asked > 1 and drawn < flaws.too_long + flaws.too_short else asked
 
 
-def _stray(rng: random.Random, instruction: Instruction) -> str:
-    other = rng.choice([topic for topic in TOPICS if topic != instruction.topic])
-    return rng.choice(other.simple if instruction.register == "simple" else other.technical)
+def _change_register(
+    sentences: list[str], numbers: Sequence[int], told: Sequence[str], generator: random.Random
+) -> None:
+    """Put one or more of the sentences, in place, into the register of ``told``."""
+    for place in generator.sample(range(len(sentences)), k=generator.randint(1, len(sentences))):
+        sentences[place] = told[numbers[place]]

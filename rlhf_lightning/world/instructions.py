@@ -1,31 +1,36 @@
-"""What people ask for in the world: a topic, for an audience, at a length."""
+"""What can be asked in the world: "Explain the moon landing to a 6 year old in a few sentences."."""
 
 import random
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
-from typing import Literal
+from types import MappingProxyType
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.world.topics import TOPICS, Topic
+from rlhf_lightning.world.topics import TOPICS, Register, Topic
 
-Register = Literal["simple", "technical"]
+VERBS = ("Explain", "Describe", "Please explain")
 
-AUDIENCES: dict[str, Register] = {
-    "a 6 year old": "simple",
-    "a child": "simple",
-    "my grandmother": "simple",
-    "a beginner": "simple",
-    "an expert": "technical",
-    "a scientist": "technical",
-    "an engineer": "technical",
-    "a university student": "technical",
-}
-LENGTHS: dict[str, int] = {"in one sentence": 1, "in two sentences": 2, "in a few sentences": 3}
-VERBS = ("Explain", "Describe", "Introduce")
+AUDIENCES: Mapping[str, Register] = MappingProxyType(
+    {
+        "a 6 year old": "simple",
+        "a child": "simple",
+        "my grandmother": "simple",
+        "a beginner": "simple",
+        "an expert": "technical",
+        "a scientist": "technical",
+        "an engineer": "technical",
+        "a university student": "technical",
+    }
+)
+"""Who asks, and the register in which they want to be told."""
 
-HELD_OUT_SHARE = 0.12
+LENGTHS: Mapping[str, int] = MappingProxyType({"in one sentence": 1, "in two sentences": 2, "in a few sentences": 3})
+"""How long the answer is to be, in sentences."""
+
+HELD_OUT = 0.12
+"""Share of the ways to ask about each topic (audience and length) that are kept for evaluation."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,12 @@ class Instruction:
 
     @property
     def text(self) -> str:
-        """The request as people write it."""
+        """The request as it is put to a model."""
         return f"{self.verb} {self.topic.name} to {self.audience} {self.length}."
 
     @property
     def register(self) -> Register:
-        """How one speaks to the audience."""
+        """How the audience wants to be told."""
         return AUDIENCES[self.audience]
 
     @property
@@ -52,41 +57,35 @@ class Instruction:
         """How many sentences are asked for."""
         return LENGTHS[self.length]
 
-    @property
-    def facts(self) -> tuple[str, ...]:
-        """What is true of the topic, as the audience understands it."""
-        return self.topic.simple if self.register == "simple" else self.topic.technical
-
-
-def parse(text: str) -> Instruction:
-    """Return the instruction that reads ``text``; raises `InputError` where none does."""
-    found = _PATTERN.fullmatch(text.strip())
-    if found is None:
-        raise InputError(f"{text!r} is not an instruction of the world, such as {all_instructions()[0].text!r}")
-    verb, topic, audience, length = found.groups()
-    return Instruction(verb, _BY_NAME[topic], audience, length)
-
 
 def all_instructions() -> list[Instruction]:
-    """Return every instruction there is."""
+    """Return everything that can be asked, in a fixed order."""
     return [Instruction(*parts) for parts in product(VERBS, TOPICS, AUDIENCES, LENGTHS)]
 
 
+def parse(text: str) -> Instruction:
+    """Return the instruction that reads like this; raises `InputError` for text that is not one."""
+    by_text = _by_text()
+    if text not in by_text:
+        raise InputError(f"text must be an instruction of the world such as {next(iter(by_text))!r}; found {text!r}")
+    return by_text[text]
+
+
 def split(seed: int) -> tuple[list[Instruction], list[Instruction]]:
-    """Return training and held-out instructions; what differs in the verb alone stays together."""
-    wanted = list(product(TOPICS, AUDIENCES, LENGTHS))
-    random.Random(seed).shuffle(wanted)
-    cut = round(HELD_OUT_SHARE * len(wanted))
-    return _with_verbs(wanted[cut:]), _with_verbs(wanted[:cut])
+    """Return the instructions for training and the held-out ones, in the order of `all_instructions`.
+
+    Of every topic the same share of (audience, length) is held out, with all verbs: so that no held-out instruction
+    is a training one in other words, and every topic is both learnt and evaluated.
+    """
+    generator = random.Random(seed)
+    ways = list(product(AUDIENCES, LENGTHS))
+    held_out = {(topic.name, *way) for topic in TOPICS for way in generator.sample(ways, k=round(HELD_OUT * len(ways)))}
+    sides: tuple[list[Instruction], list[Instruction]] = ([], [])
+    for one in all_instructions():
+        sides[(one.topic.name, one.audience, one.length) in held_out].append(one)
+    return sides
 
 
-def _with_verbs(wanted: Sequence[tuple[Topic, str, str]]) -> list[Instruction]:
-    return [Instruction(verb, *parts) for parts in wanted for verb in VERBS]
-
-
-def _either(words: Sequence[str]) -> str:
-    return f"({'|'.join(re.escape(word) for word in words)})"
-
-
-_BY_NAME = {topic.name: topic for topic in TOPICS}
-_PATTERN = re.compile(f"{_either(VERBS)} {_either(list(_BY_NAME))} to {_either(list(AUDIENCES))} {_either(list(LENGTHS))}\\.")
+@cache
+def _by_text() -> dict[str, Instruction]:
+    return {one.text: one for one in all_instructions()}

@@ -1,142 +1,165 @@
-"""The judge: it knows what is true in the world. It labels comparisons and compares models; training never asks it."""
+"""The judge, who knows the truth, and the noisy labels that a person would give in its place."""
 
 import math
 import random
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from rlhf_lightning.world.instructions import Instruction, parse
-from rlhf_lightning.world.topics import TOPICS
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.world.instructions import parse
+from rlhf_lightning.world.topics import facts
 
-FACTS = frozenset(fact for topic in TOPICS for fact in (*topic.simple, *topic.technical))
+Row = Mapping[str, Any]
 
+FAULT = 0.3
+"""What each fault of a response costs; a sentence that is as it was asked for earns 1 / (sentences asked for)."""
 OTHER_REGISTER = 0.4
-"""What a true sentence in the wrong register is worth."""
-PENALTY = 0.3
-"""What each false, stray, repeated or surplus sentence costs, and a text without an ending."""
+"""What a sentence in the other register earns in place of 1."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in a response; counts are sentences."""
+    """What the judge found in a response; all but ``ended`` and ``score`` are numbers of sentences."""
 
     asked: int
+    """Sentences that the instruction asks for."""
     sentences: int
+    """Sentences of the response, the unfinished one at its end among them."""
     true: int
-    """Facts of any topic."""
+    """Those that tell a fact of any topic word for word."""
     on_topic: int
-    """Facts of the topic that was asked for."""
+    """The true ones about the topic."""
     distinct: int
-    """The same, each counted once."""
+    """The facts that these tell; one fact in both registers is one fact."""
     in_register: int
-    """Of the distinct ones, those in the words of the audience."""
+    """How many of these facts are told in the register of the audience."""
+    extra: int
+    """Sentences beyond those asked for."""
     ended: bool
-    """Whether the text ends with a full stop."""
-    score: float
-    """1 for a flawless response, not below -1."""
+    """Whether the response ends with a full stop."""
+
+    @property
+    def score(self) -> float:
+        """What the response is worth, in [-1, 1]; 1 is flawless, and an empty response is -1."""
+        if self.sentences == 0:
+            return -1.0
+        right = min(self.in_register, self.asked)
+        off_register = min(self.distinct - self.in_register, self.asked - right)
+        faults = (self.sentences - self.distinct) + self.extra + (not self.ended)
+        return max(-1.0, (right + OTHER_REGISTER * off_register) / self.asked - FAULT * faults)
 
 
 class Judge:
-    """Scores responses to instructions of the world."""
+    """Knows every fact of the world; ``judge.score`` is a reward function."""
 
     def judge(self, prompt: str, response: str) -> Verdict:
-        """Return the verdict on one response; raises `InputError` for a prompt that is no instruction of the world."""
-        instruction = parse(prompt)
-        sentences = sentences_of(response)
-        on_topic = [s for s in sentences if s in (*instruction.topic.simple, *instruction.topic.technical)]
-        distinct = set(on_topic)
-        in_register = distinct & set(instruction.facts)
-        ended = response.rstrip().endswith(".")
+        """Return what is right and wrong with a response; raises `InputError` where the prompt is no instruction."""
+        instruction = parse(" ".join(prompt.split()))
+        text = " ".join(response.split())
+        sentences = _sentences(text)
+        true = [facts()[sentence] for sentence in sentences if sentence in facts()]
+        on_topic = [fact for fact in true if fact.topic == instruction.topic]
         return Verdict(
             asked=instruction.sentences,
             sentences=len(sentences),
-            true=sum(s in FACTS for s in sentences),
+            true=len(true),
             on_topic=len(on_topic),
-            distinct=len(distinct),
-            in_register=len(in_register),
-            ended=ended,
-            score=_score(instruction, len(sentences), len(distinct), len(in_register), ended),
+            distinct=len({fact.number for fact in on_topic}),
+            in_register=len({fact.number for fact in on_topic if fact.register == instruction.register}),
+            extra=max(0, len(sentences) - instruction.sentences),
+            ended=text.endswith("."),
         )
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str], **_: Any) -> list[float]:
-        """Return one score per response."""
+    def score(self, prompts: Sequence[str], responses: Sequence[str], **_: object) -> list[float]:
+        """Return the score of each response, as a reward function does."""
         return [self.judge(prompt, response).score for prompt, response in zip(prompts, responses, strict=True)]
 
 
-def sentences_of(text: str) -> list[str]:
-    """Return the sentences of a text, white space evened out; what follows the last full stop counts as one."""
-    parts = re.split(r"(?<=\.)\s+", " ".join(text.split()))
-    return [part for part in parts if part]
+def temperature_for_agreement(score_differences: Sequence[float], agreement: float = 0.75) -> float:
+    """Return the tau at which Bradley-Terry labels agree with the scores on this share of the pairs that differ.
 
-
-def temperature_for_agreement(differences: Sequence[float], *, agreement: float) -> float:
-    """Return tau with mean sigmoid(|d| / tau) = agreement over the differences d that are not 0 (Bradley & Terry 1952)."""
-    sizes = [abs(d) for d in differences if d != 0]
-    low, high = 1e-3, 1e3
+    Solves mean sigmoid(abs(difference) / tau) = agreement by bisection; raises `InputError` where no pair differs.
+    """
+    if not 0.5 < agreement < 1:
+        raise InputError(f"agreement={agreement} must lie between 0.5 (labels at random) and 1 (labels without noise)")
+    sizes = [abs(difference) for difference in score_differences if difference != 0]
+    if not sizes:
+        raise InputError(f"score_differences must hold one that is not 0; found {len(score_differences)} of 0")
+    # At these bounds even the largest difference is noise, and even the smallest one is certain.
+    low, high = min(sizes) / 50, max(sizes) * 1e6
     for _ in range(100):
         middle = math.sqrt(low * high)
-        mean = sum(1 / (1 + math.exp(-min(size / middle, 500.0))) for size in sizes) / len(sizes)
-        low, high = (middle, high) if mean > agreement else (low, middle)
-    return math.sqrt(low * high)
+        expected = sum(1 / (1 + math.exp(-size / middle)) for size in sizes) / len(sizes)
+        low, high = (middle, high) if expected > agreement else (low, middle)
+    return high
 
 
-def ranked(scores: Sequence[float], *, temperature: float, rng: random.Random) -> list[int]:
-    """Return indices from best to worst, drawn so that every pair is ordered by Bradley-Terry (Plackett 1975)."""
-    noisy = [score / temperature - math.log(rng.expovariate(1.0)) for score in scores]
-    return sorted(range(len(scores)), key=lambda i: -noisy[i])
+def rank(scores: Sequence[float], *, temperature: float, generator: random.Random) -> list[int]:
+    """Return the indices from best to worst, drawn from Plackett-Luce with strengths exp(score / temperature).
 
-
-def label(rows: Sequence[Mapping[str, Any]], *, agreement: float, seed: int) -> list[dict[str, Any]]:
-    """Return comparisons of rows ``{prompt, responses}``, the responses in the order that a noisy judge prefers.
-
-    Equal responses count once; what leaves fewer than two is left out. Two make a pair, more a ranking.
+    Sorting by score / temperature plus Gumbel noise draws from it (Plackett 1975); the order of any two is then
+    Bradley-Terry: the first one wins with probability sigmoid(difference / temperature) (Bradley & Terry 1952).
     """
-    rng = random.Random(f"labels {seed}")
-    compared = [(row["prompt"], list(dict.fromkeys(row["responses"]))) for row in rows]
-    compared = [(prompt, responses) for prompt, responses in compared if len(responses) > 1]
-    scores = [Judge().score([prompt] * len(responses), responses) for prompt, responses in compared]
-    differences = [a - b for row in scores for a, b in combinations(row, 2)]
-    temperature = temperature_for_agreement(differences, agreement=agreement)
-    orders = [ranked(row, temperature=temperature, rng=rng) for row in scores]
+    noisy = [score / temperature - math.log(generator.expovariate(1.0)) for score in scores]
+    return sorted(range(len(scores)), key=lambda i: noisy[i], reverse=True)
+
+
+def label(rows: Sequence[Row], *, seed: int, agreement: float = 0.75) -> list[dict[str, Any]]:
+    """Return rows for a reward model from ``{prompt, responses}``, one for each prompt with something to compare.
+
+    Responses of a prompt with the same text are one, and empty ones are left out. Two remaining responses become
+    ``{prompt, chosen, rejected}``, more become ``{prompt, responses}`` from best to worst, fewer are left out. One
+    temperature for all rows makes the labels agree with the judge on ``agreement`` of the pairs that it tells apart.
+    """
+    generator, judge = random.Random(seed), Judge()
+    distinct = [_distinct(row["responses"]) for row in rows]
+    scores = [
+        judge.score([row["prompt"]] * len(responses), responses) for row, responses in zip(rows, distinct, strict=True)
+    ]
+    differences = [a - b for row in scores for a, b in combinations(row, 2) if a != b]
+    # Where the judge finds all alike, every order is as good.
+    temperature = temperature_for_agreement(differences, agreement) if differences else 1.0
     return [
-        _comparison(prompt, [responses[i] for i in order])
-        for (prompt, responses), order in zip(compared, orders, strict=True)
+        _ranking(row["prompt"], [responses[i] for i in rank(found, temperature=temperature, generator=generator)])
+        for row, responses, found in zip(rows, distinct, scores, strict=True)
+        if len(responses) > 1
     ]
 
 
-def ceiling(comparisons: Sequence[Mapping[str, Any]]) -> float:
-    """Return the share of labelled pairs that the judge without noise orders alike (ties count half).
+def ceiling(rows: Sequence[Row]) -> float:
+    """Return the accuracy of the judge itself on labelled rows, over all pairs, ties counting half.
 
-    No reward model can be expected to agree with the labels more often.
+    This is the best that a reward model can reach on them; raises `InputError` where there is no pair.
     """
-    wins = [0.5 * (1 + _sign(a - b)) for row in comparisons for a, b in combinations(_scores(row), 2)]
-    return sum(wins) / len(wins)
+    judge = Judge()
+    agreed = [
+        0.5 if better == worse else float(better > worse)
+        for row in rows
+        for better, worse in combinations(_scored(row, judge.score), 2)
+    ]
+    if not agreed:
+        raise InputError("rows must hold at least one comparison; found none")
+    return sum(agreed) / len(agreed)
 
 
-def _score(instruction: Instruction, sentences: int, distinct: int, in_register: int, ended: bool) -> float:
-    if sentences == 0:
-        return -1.0
-    asked = instruction.sentences
-    right = min(in_register, asked)
-    passable = min(distinct - in_register, asked - right)
-    surplus = sentences - right - passable
-    score = (right + OTHER_REGISTER * passable) / asked - PENALTY * (surplus + (not ended))
-    return max(-1.0, score)
+def _sentences(text: str) -> list[str]:
+    """Split at full stops; what is missing its own gets one, since how a response ends is judged apart."""
+    pieces = [piece.strip() for piece in text.split(".")]
+    return [f"{piece}." for piece in (pieces if pieces[-1] else pieces[:-1])]
 
 
-def _comparison(prompt: str, responses: list[str]) -> dict[str, Any]:
+def _distinct(responses: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(response for response in responses if response.strip()))
+
+
+def _ranking(prompt: str, responses: list[str]) -> dict[str, Any]:
     if len(responses) == 2:
         return {"prompt": prompt, "chosen": responses[0], "rejected": responses[1]}
     return {"prompt": prompt, "responses": responses}
 
 
-def _scores(row: Mapping[str, Any]) -> list[float]:
+def _scored(row: Row, score: Callable[[Sequence[str], Sequence[str]], list[float]]) -> list[float]:
     responses = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
-    return Judge().score([row["prompt"]] * len(responses), responses)
-
-
-def _sign(x: float) -> float:
-    return float((x > 0) - (x < 0))
+    return score([row["prompt"]] * len(responses), responses)

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from rlhf_lightning.world.instructions import Instruction, split
 from rlhf_lightning.world.judge import ceiling, label
 
 Row = Mapping[str, Any]
+
+Sampler = Callable[[Sequence[Row], int], list[str]]
+"""``sample(rows, seed)``: one response of a policy to the prompt of each row."""
 
 
 def write_world(
@@ -46,19 +49,16 @@ def write_world(
 
 def write_comparisons(
     folder: Path,
-    policy: str,
+    sample: Sampler,
     *,
     seed: int,
     comparisons: int,
     held_out_comparisons: int,
     responses: int,
     agreement: float,
-    prompt_template: str,
-    max_new_tokens: int,
-    temperature: float,
     **_: object,
 ) -> dict[str, Any]:
-    """Write what the judge, with a person's noise, prefers among responses that the policy samples.
+    """Write what the judge, with a person's noise, prefers among responses that ``sample`` draws from a policy.
 
     Held-out comparisons are of held-out instructions. The result holds the share of their labels that the judge
     without noise agrees with, which is the most that a reward model can reach.
@@ -70,13 +70,7 @@ def write_comparisons(
     }
     result: dict[str, Any] = {}
     for offset, (name, instructions) in enumerate(asked.items()):
-        sampled = sample_responses(
-            policy,
-            [prompt_template.replace("{prompt}", i.text) for i in instructions for _ in range(responses)],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed + offset,
-        )
+        sampled = sample([row for row in prompts(instructions) for _ in range(responses)], seed + offset)
         rows = [
             {"prompt": instruction.text, "responses": sampled[responses * i : responses * (i + 1)]}
             for i, instruction in enumerate(instructions)

@@ -1,217 +1,530 @@
-"""What is true in the world: topics with facts, each told for beginners and for experts."""
+"""What is true in the world: topics, and of each a few facts, every fact told simply and technically."""
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+Register = Literal["simple", "technical"]
 
 
 @dataclass(frozen=True)
 class Topic:
-    """A topic with its facts: ``simple[i]`` and ``technical[i]`` say the same to different people."""
+    """A subject and its facts: ``simple[i]`` and ``technical[i]`` tell the same fact in one sentence each."""
 
     name: str
     simple: tuple[str, ...]
     technical: tuple[str, ...]
 
-
-_FACTS = """
-the moon landing
-People first walked on the moon in 1969. | Apollo 11 landed on the lunar surface in July 1969.
-A big rocket took three men to the moon. | A Saturn V rocket carried a crew of three into lunar orbit.
-The moon walkers brought home rocks. | The lunar crew returned samples of basalt for analysis.
-Neil Armstrong was the first man on the moon. | Neil Armstrong commanded the first crewed lunar landing.
-
-rain
-Rain falls when clouds get too heavy. | Precipitation occurs when cloud droplets grow too heavy to remain suspended.
-Rain is made of tiny drops of water. | Rain drops form as water vapor condenses on small particles.
-Plants drink the rain from the ground. | Rain water enters the soil and is absorbed by plant roots.
-The sun lifts water up and it comes back as rain. | Solar energy drives evaporation, which later returns as precipitation.
-
-bees
-Bees make honey from the juice of flowers. | Bees convert floral nectar into honey by evaporation.
-Many bees live together in one hive. | A bee colony contains one queen and thousands of workers.
-Bees help flowers to make seeds. | Bees transfer pollen between flowers and enable seed production.
-A bee dances to show where flowers are. | Bees communicate the location of nectar by a waggle dance.
-
-volcanoes
-A volcano is a mountain with hot rock inside. | A volcano is a vent through which magma reaches the surface.
-Hot melted rock comes out of a volcano. | During an eruption a volcano releases lava, ash and gas.
-Some volcanoes sleep for a very long time. | A dormant volcano may remain inactive for thousands of years.
-There are volcanoes under the sea too. | Most volcanic activity occurs along ridges beneath the ocean.
-
-the heart
-Your heart pumps blood all around your body. | The heart circulates blood through arteries and veins.
-The heart is a muscle as big as your fist. | The heart is a muscular organ with four chambers.
-Your heart beats faster when you run. | Heart rate increases during exercise to supply more oxygen.
-The heart never stops to rest. | Cardiac muscle contracts without pause throughout life.
-
-magnets
-A magnet pulls things made of iron. | A magnet attracts ferromagnetic materials such as iron.
-Every magnet has two ends called poles. | Each magnet has a north pole and a south pole.
-Two magnets can push each other away. | Equal poles of two magnets repel each other.
-The earth is like one giant magnet. | The earth generates a magnetic field in its liquid core.
-
-the sun
-The sun is a very big and hot star. | The sun is a star composed mostly of hydrogen and helium.
-The sun gives us light and warmth. | The sun releases energy by nuclear fusion in its core.
-The earth goes around the sun once a year. | The earth completes one orbit of the sun in a year.
-Sunlight needs eight minutes to reach us. | Solar light travels to the earth in about eight minutes.
-
-whales
-Whales are the biggest animals in the sea. | The blue whale is the largest animal known to exist.
-Whales must come up to breathe air. | Whales are mammals and breathe air through a blowhole.
-A baby whale drinks milk from its mother. | Whale calves are nursed with milk of high fat content.
-Whales sing songs under the water. | Whales communicate over great distances by sound of low frequency.
-
-bread
-Bread is made from flour and water. | Bread is a baked dough of flour and water.
-Yeast makes little bubbles so that bread grows. | Yeast ferments sugar and releases gas, which raises the bread.
-Bread is baked in a hot oven. | Baking sets the starch and the proteins of the bread.
-The brown skin of bread is called crust. | The crust of bread browns through the Maillard reaction.
-
-glass
-Glass is made from melted sand. | Glass is produced by melting silica sand at high temperature.
-You can see through glass. | Glass is transparent because it absorbs little visible light.
-Glass breaks when it falls down. | Glass is brittle and fractures without bending.
-Old glass can be melted and used again. | Glass can be recycled many times without loss of quality.
-
-trains
-A train runs on two rails of steel. | A train runs on steel rails with low rolling resistance.
-The first trains were pulled by steam. | Early trains were driven by steam engines with coal fires.
-Fast trains use electric power. | High speed trains draw electric current from overhead lines.
-A train needs a long way to stop. | A train has a long braking distance because of its mass.
-
-teeth
-Children have small milk teeth first. | Children have twenty primary teeth before the permanent ones.
-Sugar is bad for your teeth. | Bacteria turn sugar into acid, which damages teeth.
-The outside of a tooth is very hard. | Tooth enamel is the hardest substance of the body.
-You should brush your teeth each day. | Regular brushing of teeth removes plaque from the enamel.
-
-rainbows
-A rainbow comes when sun shines on rain. | A rainbow forms when sunlight is refracted in water drops.
-A rainbow has many bright colors. | A rainbow shows the spectrum of visible light.
-Red is on the outside of a rainbow. | In a rainbow red light is refracted least and lies outside.
-You see a rainbow with the sun behind you. | A rainbow appears opposite to the sun at a fixed angle.
-
-spiders
-Spiders have eight legs. | Spiders are arachnids with four pairs of legs.
-Many spiders catch flies in a web. | Many spiders capture prey with webs of silk proteins.
-Spiders are not insects. | Spiders differ from insects by two body segments.
-Most spiders do not hurt people. | The venom of most spiders is harmless to humans.
-
-clocks
-A clock tells us what time it is. | A clock measures time by counting regular oscillations.
-Old clocks have a swinging pendulum. | A pendulum clock keeps time by the period of its swing.
-A day on the clock has 24 hours. | The clock divides a day into 24 equal hours.
-The best clocks use tiny atoms. | Atomic clocks count the frequency of cesium radiation.
-
-snow
-Snow is frozen water from clouds. | Snow consists of ice crystals formed in cold clouds.
-Every snow flake has six sides. | Snow crystals have six sides because of the lattice of ice.
-Snow looks white and bright. | Snow appears white because it scatters all visible light.
-Snow melts when it gets warm. | Snow melts above a temperature of zero degrees Celsius.
-
-elephants
-Elephants are the biggest animals on land. | The African elephant is the largest living land mammal.
-An elephant drinks with its long trunk. | The elephant trunk contains thousands of muscle bundles.
-Elephants live in families led by a mother. | Elephant herds are led by an experienced female.
-Elephants flap their ears to stay cool. | Elephant ears release heat through many blood vessels.
-
-gravity
-Gravity pulls everything down to the ground. | Gravity is an attractive force between all masses.
-Gravity keeps the moon near the earth. | Gravity holds the moon in its orbit around the earth.
-You would weigh less on the moon. | Lunar gravity is about one sixth of that on earth.
-A heavy and a light ball fall equally fast. | In a vacuum all bodies fall with the same acceleration.
-
-the ocean
-The water in the ocean is salty. | Ocean water contains about 35 grams of salt per liter.
-The ocean covers most of the earth. | The ocean covers about 71 percent of the earth.
-The moon makes the ocean go up and down. | Ocean tides are caused mainly by lunar gravity.
-It is dark at the bottom of the ocean. | Sunlight does not penetrate below 1000 meters of ocean.
-
-paper
-Paper is made from wood. | Paper is produced from cellulose fibers of wood.
-People in China made paper first. | Paper making was developed in China before the year 200.
-Old paper can become new paper. | Recycled paper fibers can be used several times.
-Paper burns very easily. | Paper ignites at a temperature near 230 degrees Celsius.
-
-dinosaurs
-Dinosaurs lived a very long time ago. | Dinosaurs dominated the land during the Mesozoic era.
-A big rock from space ended the dinosaurs. | An asteroid impact caused the extinction of most dinosaurs.
-Birds are the children of dinosaurs. | Birds are the living descendants of theropod dinosaurs.
-We know dinosaurs from bones in stone. | Dinosaurs are studied through fossils in sedimentary rock.
-
-sleep
-Your body rests and grows while you sleep. | Growth hormone is released during deep sleep.
-You have dreams when you sleep. | Most dreams occur during the REM phase of sleep.
-Children need more sleep than adults. | The need for sleep declines from childhood to old age.
-Sleep helps you to remember things. | Sleep supports the consolidation of memory.
-
-bicycles
-A bicycle has two wheels. | A bicycle is a vehicle with two wheels in line.
-You move a bicycle with your feet. | Pedals and a chain transmit power to the bicycle wheel.
-A bicycle makes no smoke. | A bicycle produces no emissions during use.
-It is easier to balance a fast bicycle. | A moving bicycle is stabilized by steering corrections.
-
-trees
-Trees make the air good to breathe. | Trees release oxygen as a product of photosynthesis.
-A tree gets one new ring each year. | Annual growth rings record the age of trees.
-The roots hold the tree in the ground. | Tree roots provide support and absorb minerals.
-Some trees lose their leaves in winter. | Deciduous trees shed their leaves before winter.
-
-the brain
-You think with your brain. | The brain processes information in networks of neurons.
-The brain is inside your head. | The brain is protected by the skull and by fluid.
-Your brain uses a lot of energy. | The brain consumes about 20 percent of the energy at rest.
-The brain tells your hands what to do. | The motor cortex of the brain controls movement.
-
-sound
-Sound is made when things shake. | Sound is a pressure wave caused by vibration.
-There is no sound in empty space. | Sound requires a medium and cannot cross a vacuum.
-Sound is slower than light. | Sound travels at about 340 meters per second in air.
-Fast shaking makes a high sound. | The frequency of a sound determines its pitch.
-
-salt
-Salt makes food taste good. | Salt is the compound sodium chloride.
-Salt can come from the sea. | Sea salt is obtained by evaporation of brine.
-Salt melts the ice on roads. | Salt lowers the freezing point of water.
-Long ago salt kept meat fresh. | Salt preserves food by removing water from microbes.
-
-the eye
-Light goes into the eye through a black hole. | Light enters the eye through the pupil.
-The eye has a lens like a camera. | The lens of the eye focuses light on the retina.
-Tears keep your eyes clean and wet. | Tears lubricate the surface of the eye.
-Two eyes show how far things are. | Two eyes provide depth perception through parallax.
-
-ants
-Ants are small but very strong. | Ants can lift many times their own body mass.
-Ants live in a nest with a queen. | An ant colony is organized around a reproductive queen.
-Ants leave a smell to find the way. | Ants mark trails with chemical pheromones.
-All ants have six legs. | Ants are insects with three pairs of legs.
-
-bridges
-A bridge helps people to cross a river. | A bridge spans an obstacle and carries traffic loads.
-Strong ropes of steel hold some bridges. | Suspension bridges carry loads by steel cables in tension.
-The oldest bridges are made of stone. | Arch bridges of stone work in compression.
-A bridge gets longer in the heat. | Bridges need joints that permit thermal expansion.
-
-deserts
-It hardly ever rains in a desert. | A desert receives less than 250 millimeters of rain a year.
-A desert is cold at night. | Deserts lose heat quickly at night because the air is dry.
-A cactus keeps water for the desert. | Desert plants store water and limit transpiration.
-The biggest hot desert is in Africa. | The Sahara is the largest hot desert on earth.
-
-electricity
-Electricity makes lamps shine. | Electricity is a flow of electric charge.
-Lightning is electricity in the sky. | Lightning is a discharge of atmospheric electricity.
-Electricity runs through metal wires. | Metals conduct electricity by mobile electrons.
-Wind wheels can make electricity. | Wind turbines convert motion into electricity by induction.
-"""
+    def told(self, register: Register) -> tuple[str, ...]:
+        """Return the facts in one register."""
+        return self.simple if register == "simple" else self.technical
 
 
-def _topic(block: str) -> Topic:
-    name, *facts = block.strip().splitlines()
-    simple, technical = zip(*(fact.split(" | ") for fact in facts), strict=True)
-    return Topic(name, simple, technical)
+@dataclass(frozen=True)
+class Fact:
+    """Where a sentence of the world comes from; the same fact in two registers has the same topic and number."""
+
+    topic: Topic
+    number: int
+    register: Register
 
 
-TOPICS: tuple[Topic, ...] = tuple(_topic(block) for block in _FACTS.strip().split("\n\n"))
-"""Every topic of the world."""
+def other(register: Register) -> Register:
+    """Return the register that this one is not."""
+    return "technical" if register == "simple" else "simple"
+
+
+@cache
+def facts() -> dict[str, Fact]:
+    """Return every sentence of the world with the fact that it tells."""
+    registers: tuple[Register, Register] = ("simple", "technical")
+    return {
+        sentence: Fact(topic, number, register)
+        for topic in TOPICS
+        for register in registers
+        for number, sentence in enumerate(topic.told(register))
+    }
+
+
+TOPICS: tuple[Topic, ...] = (
+    Topic(
+        "the moon landing",
+        simple=(
+            "Two men walked on the moon in 1969.",
+            "Neil Armstrong was the first to step on the moon.",
+            "A very big rocket took the men to the moon.",
+            "The men took moon rocks back home with them.",
+        ),
+        technical=(
+            "Apollo 11 landed two astronauts on the moon in 1969.",
+            "Neil Armstrong was the first human on the lunar surface.",
+            "A Saturn V rocket launched Apollo 11 toward the moon.",
+            "Apollo 11 returned lunar rock samples to Earth.",
+        ),
+    ),
+    Topic(
+        "rain",
+        simple=(
+            "Rain is water that falls from clouds.",
+            "Rain drops grow when tiny drops join together.",
+            "Most rain began as water in the sea.",
+            "Rain helps plants and trees to grow.",
+        ),
+        technical=(
+            "Rain is liquid precipitation from clouds.",
+            "Rain drops grow as cloud droplets collide and merge.",
+            "Most rain originates from evaporation of ocean water.",
+            "Rain supplies soil water for plant growth.",
+        ),
+    ),
+    Topic(
+        "bees",
+        simple=(
+            "Bees make sweet honey from flowers.",
+            "Bees help flowers to make seeds.",
+            "Honey bees live together in a big family.",
+            "The queen bee lays the eggs of the hive.",
+        ),
+        technical=(
+            "Honey bees convert flower nectar into honey.",
+            "Bees transfer pollen and so enable plant reproduction.",
+            "A honey bee colony contains thousands of workers.",
+            "The queen bee is the main reproductive female.",
+        ),
+    ),
+    Topic(
+        "volcanoes",
+        simple=(
+            "Volcanoes are holes where hot rock comes out.",
+            "Hot melted rock from a volcano is called lava.",
+            "Volcanoes can throw ash high into the sky.",
+            "Most volcanoes stand where big plates of rock meet.",
+        ),
+        technical=(
+            "Volcanoes are vents through which magma reaches the surface.",
+            "Volcanic magma at the surface is called lava.",
+            "Volcanic eruptions inject ash into the atmosphere.",
+            "Most volcanoes lie near tectonic plate boundaries.",
+        ),
+    ),
+    Topic(
+        "the heart",
+        simple=(
+            "The heart pumps blood around the body.",
+            "The heart is a strong muscle in the chest.",
+            "The heart has four small rooms inside.",
+            "The heart beats faster when you run.",
+        ),
+        technical=(
+            "The heart circulates blood through the vascular system.",
+            "The heart consists largely of cardiac muscle.",
+            "The human heart has two atria and two ventricles.",
+            "Physical exercise increases the heart rate.",
+        ),
+    ),
+    Topic(
+        "magnets",
+        simple=(
+            "Magnets can pull things made of iron.",
+            "Every magnet has two ends called poles.",
+            "Same ends of two magnets push each other away.",
+            "A magnet can show you which way is north.",
+        ),
+        technical=(
+            "Magnets attract ferromagnetic metals such as iron.",
+            "Every magnet is a dipole with opposite poles.",
+            "Like magnetic poles repel and opposite poles attract.",
+            "A free magnet aligns with the magnetic field of Earth.",
+        ),
+    ),
+    Topic(
+        "the sun",
+        simple=(
+            "The sun is the closest star of all.",
+            "The sun gives us light and heat.",
+            "The sun is a huge ball of hot gas.",
+            "All the planets go around the sun.",
+        ),
+        technical=(
+            "The sun is the star nearest to Earth.",
+            "The sun emits energy as electromagnetic radiation.",
+            "The sun consists largely of hydrogen and helium plasma.",
+            "The planets orbit the sun under gravity.",
+        ),
+    ),
+    Topic(
+        "plants",
+        simple=(
+            "Plants make their own food from light.",
+            "Plants drink water with their roots.",
+            "Plants make oxygen that we need to breathe.",
+            "Plants are green because of something in their leaves.",
+        ),
+        technical=(
+            "Plants produce sugar from light by photosynthesis.",
+            "Plant roots absorb water and minerals from soil.",
+            "Plants release oxygen as a product of photosynthesis.",
+            "Chlorophyll gives plants their green colour.",
+        ),
+    ),
+    Topic(
+        "the lungs",
+        simple=(
+            "The lungs bring air to the blood.",
+            "People have two lungs in the chest.",
+            "The left lung is a bit smaller.",
+            "A big muscle below the lungs helps you breathe.",
+        ),
+        technical=(
+            "The lungs exchange gases between air and blood.",
+            "Humans have two lungs in the thorax.",
+            "The left lung has less volume than the right.",
+            "The diaphragm contracts to fill the lungs with air.",
+        ),
+    ),
+    Topic(
+        "the brain",
+        simple=(
+            "The brain helps you think and feel.",
+            "The brain sends messages through the body.",
+            "The bones of the head keep the brain safe.",
+            "The brain is made of many tiny cells.",
+        ),
+        technical=(
+            "The brain controls thought and emotion.",
+            "The brain transmits electrical signals through nerves.",
+            "The skull protects the brain from injury.",
+            "The human brain contains billions of neurons.",
+        ),
+    ),
+    Topic(
+        "bones",
+        simple=(
+            "Bones hold the whole body up.",
+            "A grown person has 206 bones.",
+            "New blood is made inside the bones.",
+            "Broken bones can grow together again.",
+        ),
+        technical=(
+            "Bones provide structural support for the body.",
+            "The adult human skeleton has 206 bones.",
+            "Bone marrow produces red and white blood cells.",
+            "Fractured bones heal by growth of new tissue.",
+        ),
+    ),
+    Topic(
+        "whales",
+        simple=(
+            "Whales live in water but breathe air.",
+            "Whale babies drink milk from their mother.",
+            "The blue whale is the biggest animal of all.",
+            "Some whales sing long songs in the sea.",
+        ),
+        technical=(
+            "Whales are marine mammals that breathe air.",
+            "Female whales nurse their young with milk.",
+            "The blue whale is the largest known animal.",
+            "Male humpback whales produce complex songs.",
+        ),
+    ),
+    Topic(
+        "sharks",
+        simple=(
+            "Sharks are fish with no hard bones.",
+            "Sharks get new teeth again and again.",
+            "Sharks can smell blood in the water.",
+            "Sharks breathe in water through their gills.",
+        ),
+        technical=(
+            "Sharks are fish with skeletons of cartilage.",
+            "Sharks replace their teeth throughout life.",
+            "Sharks detect small amounts of blood in water.",
+            "Sharks extract oxygen from water with gills.",
+        ),
+    ),
+    Topic(
+        "birds",
+        simple=(
+            "Birds have soft feathers on their body.",
+            "Birds lay eggs that have hard shells.",
+            "Many birds fly to warm lands in winter.",
+            "Bird bones are light and often full of air.",
+        ),
+        technical=(
+            "Birds are the only living vertebrates with feathers.",
+            "Birds lay eggs with shells of calcium carbonate.",
+            "Many bird species migrate to warm regions in winter.",
+            "Many bird bones are hollow and contain air.",
+        ),
+    ),
+    Topic(
+        "spiders",
+        simple=(
+            "Spiders have eight legs and are not insects.",
+            "Spiders make silk inside their body.",
+            "Many spiders catch flies in a web.",
+            "Most spiders have eight little eyes.",
+        ),
+        technical=(
+            "Spiders are arachnids with eight legs.",
+            "Spiders produce silk proteins in special glands.",
+            "Many spiders capture insects with silk webs.",
+            "Most spider species have four pairs of eyes.",
+        ),
+    ),
+    Topic(
+        "dinosaurs",
+        simple=(
+            "Dinosaurs lived a very long time ago.",
+            "A huge rock from space killed most dinosaurs.",
+            "Birds come from a family of dinosaurs.",
+            "We know dinosaurs from bones in old rock.",
+        ),
+        technical=(
+            "Dinosaurs lived during the Mesozoic era.",
+            "An asteroid impact caused the extinction of most dinosaurs.",
+            "Modern birds evolved from small theropod dinosaurs.",
+            "Dinosaurs are known from fossils in sedimentary rock.",
+        ),
+    ),
+    Topic(
+        "snow",
+        simple=(
+            "Snow is tiny bits of ice from clouds.",
+            "Many snow flakes have six little arms.",
+            "Snow looks white because it throws back light.",
+            "Snow keeps the ground below it warm.",
+        ),
+        technical=(
+            "Snow consists of ice crystals from clouds.",
+            "Snow crystals often show hexagonal symmetry.",
+            "Snow appears white because it scatters all visible light.",
+            "Snow insulates the soil against cold air.",
+        ),
+    ),
+    Topic(
+        "glaciers",
+        simple=(
+            "Glaciers are slow rivers of ice.",
+            "Glaciers grow where snow stays for many years.",
+            "Glaciers can cut deep valleys into rock.",
+            "Most fresh water on Earth is ice in glaciers.",
+        ),
+        technical=(
+            "Glaciers are masses of ice that flow slowly.",
+            "Glaciers form where snow accumulates and compacts.",
+            "Glacial erosion creates valleys shaped like a U.",
+            "Glaciers and ice sheets store most fresh water.",
+        ),
+    ),
+    Topic(
+        "earthquakes",
+        simple=(
+            "Earthquakes shake the ground when rock slips.",
+            "Earthquakes send waves through the ground.",
+            "People measure earthquakes with a special tool.",
+            "Earthquakes under the sea can make huge waves.",
+        ),
+        technical=(
+            "Earthquakes occur when rock slips along a fault.",
+            "Earthquakes release energy as seismic waves.",
+            "Seismometers record the ground motion of earthquakes.",
+            "Submarine earthquakes can generate a tsunami.",
+        ),
+    ),
+    Topic(
+        "lightning",
+        simple=(
+            "Lightning is a giant spark in the sky.",
+            "Thunder is the sound that lightning makes.",
+            "Lightning is hotter than the face of the sun.",
+            "You see lightning before you hear the thunder.",
+        ),
+        technical=(
+            "Lightning is an electrical discharge in the atmosphere.",
+            "Rapid heating of air by lightning causes thunder.",
+            "Lightning heats air beyond the solar surface temperature.",
+            "The light of lightning travels faster than its sound.",
+        ),
+    ),
+    Topic(
+        "sound",
+        simple=(
+            "Sound is a shaking of the air.",
+            "Sound cannot move through empty space.",
+            "Sound moves faster in water than in air.",
+            "Fast shaking makes a high sound.",
+        ),
+        technical=(
+            "Sound is a pressure wave in a medium such as air.",
+            "Sound cannot propagate through a vacuum.",
+            "Sound has a higher velocity in water than in air.",
+            "The frequency of sound determines its pitch.",
+        ),
+    ),
+    Topic(
+        "light",
+        simple=(
+            "Light is the fastest thing there is.",
+            "White light is a mix of all colours.",
+            "A mirror throws light back to you.",
+            "Light bends when it goes into water.",
+        ),
+        technical=(
+            "Nothing travels faster than light in a vacuum.",
+            "White light contains all visible wavelengths.",
+            "A mirror reflects light at an equal angle.",
+            "Light refracts when it enters water.",
+        ),
+    ),
+    Topic(
+        "gravity",
+        simple=(
+            "Gravity makes all things pull on each other.",
+            "Gravity keeps the moon near the Earth.",
+            "Gravity is weaker on the moon than here.",
+            "Without air gravity makes all things fall equally fast.",
+        ),
+        technical=(
+            "Gravity is an attractive force between masses.",
+            "Gravity holds the moon in orbit around Earth.",
+            "Lunar gravity is about one sixth of Earth gravity.",
+            "In a vacuum gravity accelerates all masses equally.",
+        ),
+    ),
+    Topic(
+        "electricity",
+        simple=(
+            "Electricity flows well through metal wires.",
+            "Tiny electrons carry electricity through a wire.",
+            "Electricity can make light and heat for us.",
+            "A battery makes electricity from what is inside.",
+        ),
+        technical=(
+            "Metals conduct electricity with low resistance.",
+            "Electrical current in metals is a flow of electrons.",
+            "Electrical energy converts into light and heat.",
+            "Batteries convert chemical energy into electricity.",
+        ),
+    ),
+    Topic(
+        "computers",
+        simple=(
+            "Computers count with only zero and one.",
+            "Computers follow lists of steps called programs.",
+            "Computers can do sums very fast.",
+            "Computers keep things in their memory.",
+        ),
+        technical=(
+            "Computers represent data in binary digits.",
+            "Computers execute instructions stored as programs.",
+            "Computers perform billions of operations per second.",
+            "Computers store data in electronic memory.",
+        ),
+    ),
+    Topic(
+        "the internet",
+        simple=(
+            "The internet joins computers all over the world.",
+            "The internet sends messages in small bits.",
+            "Most internet messages between lands go under the sea.",
+            "Every computer on the internet has an address.",
+        ),
+        technical=(
+            "The internet connects computer networks around the world.",
+            "The internet transmits data in small packets.",
+            "Submarine cables carry most international internet traffic.",
+            "Every internet device uses an IP address.",
+        ),
+    ),
+    Topic(
+        "airplanes",
+        simple=(
+            "Airplanes fly because air pushes up their wings.",
+            "Engines push airplanes through the air.",
+            "The Wright brothers flew their airplane in 1903.",
+            "The tail helps an airplane to fly straight.",
+        ),
+        technical=(
+            "The wings of airplanes generate aerodynamic lift.",
+            "Airplane engines provide thrust against drag.",
+            "The Wright brothers achieved powered airplane flight in 1903.",
+            "The tail of an airplane provides stability.",
+        ),
+    ),
+    Topic(
+        "bread",
+        simple=(
+            "Bread is made from flour and water.",
+            "Yeast makes bread soft and full of holes.",
+            "Bread gets a brown crust in a hot oven.",
+            "People have made bread for thousands of years.",
+        ),
+        technical=(
+            "Bread dough is a mixture of flour and water.",
+            "Yeast fermentation produces gas that raises bread dough.",
+            "The Maillard reaction browns the crust of bread.",
+            "The oldest bread remains exceed ten thousand years.",
+        ),
+    ),
+    Topic(
+        "the pyramids",
+        simple=(
+            "The pyramids are the graves of old kings.",
+            "The great pyramids stand in Egypt.",
+            "People built the pyramids with heavy stone blocks.",
+            "The great pyramids are over four thousand years old.",
+        ),
+        technical=(
+            "The pyramids served as tombs of Egyptian pharaohs.",
+            "The Giza pyramids lie near Cairo in Egypt.",
+            "The Giza pyramids consist largely of limestone blocks.",
+            "The Giza pyramids date from the Old Kingdom.",
+        ),
+    ),
+    Topic(
+        "penguins",
+        simple=(
+            "Penguins are birds that cannot fly.",
+            "Penguins use their wings to swim fast.",
+            "Many penguins stand close together to keep warm.",
+            "Some penguins keep the egg on their feet.",
+        ),
+        technical=(
+            "Penguins are flightless birds of the southern oceans.",
+            "Penguin wings function as flippers in water.",
+            "Emperor penguins huddle to reduce heat loss.",
+            "Male emperor penguins incubate the egg on their feet.",
+        ),
+    ),
+    Topic(
+        "stars",
+        simple=(
+            "Stars are suns that are very far away.",
+            "Stars shine because they are so hot inside.",
+            "Blue stars are hotter than red stars.",
+            "Big stars can end with a huge bang.",
+        ),
+        technical=(
+            "Stars are distant spheres of hot plasma.",
+            "Nuclear fusion in the core powers most stars.",
+            "The colour of stars indicates their surface temperature.",
+            "Massive stars can explode as a supernova.",
+        ),
+    ),
+    Topic(
+        "frogs",
+        simple=(
+            "Most frogs start life as little tadpoles.",
+            "Frogs can breathe through their wet skin.",
+            "Most frogs catch flies with a long tongue.",
+            "Most frogs lay soft eggs in the water.",
+        ),
+        technical=(
+            "Most frogs develop from tadpoles by metamorphosis.",
+            "Frogs absorb oxygen through their moist skin.",
+            "Most frogs capture insects with a sticky tongue.",
+            "Most frogs deposit eggs with a jelly coat.",
+        ),
+    ),
+)

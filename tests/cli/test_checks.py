@@ -33,11 +33,6 @@ def node(target: Any, **settings: Any) -> dict[str, Any]:
     return {"_target_": f"{__name__}.{target.__qualname__}", **settings}
 
 
-@pytest.fixture(autouse=True)
-def this_module_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, __name__, __import__("sys").modules[__name__])
-
-
 def test_settings_that_exist_and_fit_pass() -> None:
     settings = node(Engine, model="m", rate=1, steps=2, on=False, mode="slow", sizes=[1])
     check({"engine": settings, "list": [settings]}, known=["engine", "list"])
@@ -118,8 +113,11 @@ def test_values_are_judged_by_basic_types_only(value: object, annotation: Any, e
     assert fits(value, annotation) is expected
 
 
-def test_settings_that_the_verb_fills_may_be_null() -> None:
-    config = {"stage": {"first": node(Engine, model=None)}}
-    check(config, known=["stage"], filled_later=["stage.*.model"])
-    with pytest.raises(InputError, match=r"stage\.first\.model must be"):
-        check(config, known=["stage"])
+def test_place_of_the_data_that_is_not_there_is_named_with_its_setting(tmp_path: Path) -> None:
+    config = {"data_root": str(tmp_path / "nowhere"), "data": {"path": str(tmp_path / "nowhere" / "rows.jsonl")}}
+    with pytest.raises(
+        InputError, match=r"data_root=.*nowhere does not exist, and data\.path lies in it.*RLHF_LIGHTNING_DATA"
+    ):
+        check(config, known=["data_root", "data"])
+    check({**config, "data_root": str(tmp_path)}, known=["data_root", "data"])
+    check({**config, "data": {"path": "elsewhere.jsonl"}}, known=["data_root", "data"])
