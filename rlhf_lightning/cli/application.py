@@ -21,6 +21,9 @@ from rlhf_lightning.errors import InputError
 CONFIG_PATH = "pkg://rlhf_lightning.conf"
 INPUT_ERROR = 2
 
+SOURCES = ("experiment=", "network.pretrained=", "data.")
+"""The overrides that say what the pipeline works on; without any of them it plays the embedded world."""
+
 
 class _Refusal(BaseException):
     """Carries an `InputError` out of a job; Hydra would print a line of its own above an ordinary exception."""
@@ -33,6 +36,8 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     """
     command = [sys.argv[0], verb, *arguments]
     flags, overrides = _split(arguments)
+    if verb == "pipeline" and not any(override.lstrip("+").startswith(SOURCES) for override in overrides):
+        overrides = ["experiment=world", *overrides]
     started = False
 
     def job(config: DictConfig) -> Any:

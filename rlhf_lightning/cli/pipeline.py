@@ -12,7 +12,7 @@ from rlhf_lightning.cli.console import quieten_libraries
 from rlhf_lightning.cli.interrupts import resumable
 from rlhf_lightning.cli.stages import Records, run_stage
 from rlhf_lightning.cli.train import ROOT_KEYS as TRAIN_KEYS
-from rlhf_lightning.cli.train import build_trainer, log_settings
+from rlhf_lightning.cli.train import build_trainer, closing_loggers, log_settings
 from rlhf_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -242,8 +242,9 @@ def train(settings: Config, stage: str, folder: Path, callbacks: "list[Callback]
     data: LightningDataModule = build(f"data.{stage}", settings["data"])
     history = History()
     trainer = build_trainer(stage_settings(settings, stage, folder), [*callbacks, history])
-    log_settings(trainer, settings)
-    trainer.fit(module, datamodule=data)
+    with closing_loggers(trainer):
+        log_settings(trainer, settings)
+        trainer.fit(module, datamodule=data)
     return {
         "steps": trainer.global_step,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},

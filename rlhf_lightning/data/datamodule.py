@@ -5,10 +5,10 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
-import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
@@ -141,6 +141,10 @@ class TextDataModule(LightningDataModule, Generic[Item]):
     def collate(self, pad_token_id: int) -> Callable[[list[Item]], Any]:
         """Return the function that makes a batch of items; it travels to the workers."""
 
+    def group(self, row: Row) -> str:
+        """Return what rows share that must not stand on both sides of a split."""
+        return group_of(row)
+
     @abstractmethod
     def limit(self) -> Limit | None:
         """Return how long an item may be."""
@@ -197,7 +201,7 @@ class TextDataModule(LightningDataModule, Generic[Item]):
         val_split = self.val_split or self._validation_file()
         if val_split is not None:
             return rows, self.read(self.path, split=val_split, setting="data.path")
-        return split_by_group(rows, self.val_fraction, seed=self.seed)
+        return split_by_group(rows, self.val_fraction, seed=self.seed, group=self.group)
 
     def _validation_file(self) -> str | None:
         """Return the split ``validation`` where the path is a folder that holds one."""
@@ -254,17 +258,19 @@ class TextDataModule(LightningDataModule, Generic[Item]):
         )
 
 
-def split_by_group(rows: list[Row], fraction: float, *, seed: int) -> tuple[list[Row], list[Row]]:
+def split_by_group(
+    rows: list[Row], fraction: float, *, seed: int, group: Callable[[Row], str] = group_of
+) -> tuple[list[Row], list[Row]]:
     """Return training and validation rows, both in their order; rows of one group stay together.
 
-    The validation part has ``fraction`` of the groups, and at least one as long as one is left for training.
+    The validation part has ``fraction`` of the groups, and at least one as long as one is left for training. Groups are
+    drawn by a hash, so that files with the same prompts hold out the same ones: no stage trains on what another keeps.
     """
-    groups = list(dict.fromkeys(group_of(row) for row in rows))
+    groups = {group(row) for row in rows}
     size = min(max(1, round(fraction * len(groups))), len(groups) - 1) if fraction > 0 else 0
-    drawn = np.random.default_rng(seed).permutation(len(groups))[:size]
-    held_out = {groups[i] for i in drawn}
-    train = [row for row in rows if group_of(row) not in held_out]
-    return train, [row for row in rows if group_of(row) in held_out]
+    held_out = set(sorted(groups, key=lambda name: blake2b(f"{seed} {name}".encode()).digest())[:size])
+    train = [row for row in rows if group(row) not in held_out]
+    return train, [row for row in rows if group(row) in held_out]
 
 
 def tightest(*limits: Limit | None) -> Limit | None:

@@ -40,7 +40,7 @@ class PPODataModule(TextDataModule[TokenizedPrompt]):
         split: str = "train",
         val_split: str | None = None,
         val_fraction: float = 0.05,
-        batch_size: int = 8,
+        batch_size: int = 64,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         prompt_template: str = "{prompt}",
         max_prompt_length: int | None = None,
@@ -85,6 +85,13 @@ class PPODataModule(TextDataModule[TokenizedPrompt]):
         example = opening_example(row)
         opening = encoder.opening(str(example.prompt), self.opening_tokens)
         return [] if opening is None else [encoder.prompt(replace(example, prompt=opening))]
+
+    def group(self, row: Row) -> str:
+        """Return the opening where that is the prompt: different texts can begin alike."""
+        if self.opening_tokens is None or self.tokenizer is None:
+            return super().group(row)
+        encoder = Encoder(self.tokenizer, prompt_template=self.prompt_template)
+        return str(encoder.opening(str(opening_example(row).prompt), self.opening_tokens))
 
     def collate(self, pad_token_id: int) -> Callable[[list[TokenizedPrompt]], PromptBatch]:
         """Return `prompt_batch` with the padding and the columns."""

@@ -1,7 +1,7 @@
 """From the records of the stages to the report: every figure in it was measured by a stage."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -10,13 +10,7 @@ from rlhf_lightning.evaluation.win_rate import win_rate
 
 Record = Mapping[str, Any]
 
-CURVES = {
-    "pretrain": ("step", "sft", ["loss"]),
-    "sft": ("step", "sft", ["loss"]),
-    "reward": ("step", "reward", ["loss"]),
-    "ppo": ("rollout", "ppo", ["score", "judge_score", "kl", "reward", "response_length"]),
-}
-"""Of each stage: what its axis counts, the prefix of its logged names, and the curves that the report shows."""
+STAGES = ("pretrain", "sft", "reward", "ppo")
 PACKAGES = ("rlhf-lightning", "lightning", "torch", "transformers")
 
 
@@ -39,7 +33,7 @@ def summarise(records: Mapping[str, Record], *, seed: int, judge: str, samples: 
         "sft": records["sft"]["result"]["metrics"] if "sft" in records else {},
         "seconds": seconds | {"total": round(sum(seconds.values()), 2)},
         "peak_memory_gb": max(record["peak_memory_gb"] for record in records.values()),
-        "curves": {stage: _curves(records[stage], *CURVES[stage]) for stage in CURVES if stage in records},
+        "curves": {stage: records[stage]["result"]["curves"] for stage in STAGES if stage in records},
         "samples": _samples(evidence, verdicts, samples),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
@@ -56,14 +50,6 @@ def win_rates(verdicts: Mapping[str, list[float]]) -> dict[str, dict[str, float]
 def mean(values: list[float]) -> float:
     """Return the arithmetic mean."""
     return sum(values) / len(values)
-
-
-def _curves(record: Record, axis: str, prefix: str, names: Sequence[str]) -> dict[str, list[float]]:
-    """Return the columns of the stage's curves that were logged in training, beginning with the axis."""
-    curves = record["result"]["curves"]
-    logged = [name for name in names if f"{prefix}/{name}" in curves]
-    steps = curves[f"{prefix}/{logged[0]}"]["step"]
-    return {axis: steps} | {name: curves[f"{prefix}/{name}"]["value"] for name in logged}
 
 
 def _reward(records: Mapping[str, Record]) -> dict[str, Any]:

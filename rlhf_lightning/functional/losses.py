@@ -1,7 +1,7 @@
 """The objectives of reward model and PPO; losses of tokens stay per token: their count is that of the whole step."""
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 

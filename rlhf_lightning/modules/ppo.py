@@ -302,7 +302,7 @@ class PPOModule(LanguageModule):
         return {name: value for name, value in state.items() if not name.startswith(FROZEN)}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` returned; raises `RuntimeError` where a trained weight is missing or one is unknown."""
+        """Load what `state_dict` returned; raises `RuntimeError` where a weight is missing or unknown."""
         keys = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = [name for name in keys.missing_keys if not name.startswith(FROZEN)]
         if missing or keys.unexpected_keys:

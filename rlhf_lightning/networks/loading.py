@@ -51,10 +51,13 @@ def load_policy(model: Model) -> "PreTrainedModel":
     return policy
 
 
-def load_reward_model(model: Model, *, generator: torch.Generator | None = None) -> "PreTrainedModel":
+def load_reward_model(
+    model: Model, *, generator: torch.Generator | None = None, trained: bool = False
+) -> "PreTrainedModel":
     """Return a sequence classifier with one label, its scalar head new where ``model`` is a language model.
 
-    A new head is drawn from N(0, 1/(d + 1)) (Stiennon et al. 2020), its variance, with ``generator``.
+    A new head is drawn with ``generator``. Raises `InputError` where there is no classifier, and where a ``trained`` one
+    is wanted and the folder has no head.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -67,6 +70,11 @@ def load_reward_model(model: Model, *, generator: torch.Generator | None = None)
     tokenizer = load_tokenizer(network)
     _fit_vocabulary(reward_model, tokenizer)
     reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if loading["missing_keys"] and trained:
+        raise InputError(
+            f"{network.pretrained!r} is no reward model: its weights {sorted(loading['missing_keys'])} are missing, as in "
+            "a language model; train one with RewardModule (`rlhf train module=reward`)"
+        )
     if loading["missing_keys"]:
         init_scalar_head(scalar_head(reward_model), generator)
     return cast("PreTrainedModel", reward_model)

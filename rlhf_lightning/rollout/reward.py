@@ -145,7 +145,7 @@ def load_reward(
         return FunctionReward(import_function(reward))
     if isinstance(reward, str | Path | NetworkConfig):
         return ModelReward(
-            load_reward_model(reward),
+            load_reward_model(reward, trained=True),
             tokenizer or load_tokenizer(reward),
             policy_tokenizer,
             micro_batch_size=micro_batch_size,

@@ -14,7 +14,7 @@ from rlhf_lightning.world.topics import facts
 Row = Mapping[str, Any]
 
 FAULT = 0.3
-"""What each fault of a response costs; a sentence that is as it was asked for earns 1 / (sentences asked for)."""
+"""What each sentence that earns nothing costs, and a missing end; one as it was asked for earns 1 / (number asked)."""
 OTHER_REGISTER = 0.4
 """What a sentence in the other register earns in place of 1."""
 
@@ -47,7 +47,8 @@ class Verdict:
             return -1.0
         right = min(self.in_register, self.asked)
         off_register = min(self.distinct - self.in_register, self.asked - right)
-        faults = (self.sentences - self.distinct) + self.extra + (not self.ended)
+        # False, of another topic, told before, or beyond what was asked: a sentence that earns nothing is one fault.
+        faults = self.sentences - right - off_register + (not self.ended)
         return max(-1.0, (right + OTHER_REGISTER * off_register) / self.asked - FAULT * faults)
 
 

@@ -1,0 +1,188 @@
+import math
+import random
+from collections import Counter
+from itertools import combinations, permutations
+
+import pytest
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.world.corpus import demonstrations
+from rlhf_lightning.world.instructions import split
+from rlhf_lightning.world.judge import (
+    FAULT,
+    OTHER_REGISTER,
+    Judge,
+    ceiling,
+    label,
+    rank,
+    temperature_for_agreement,
+)
+
+ONE = "Explain rain to a child in one sentence."
+TWO = "Explain rain to a child in two sentences."
+EXPERT = "Explain rain to an expert in two sentences."
+FALLS = "Rain is water that falls from clouds."
+GROWS = "Rain helps plants and trees to grow."
+BEGAN = "Most rain began as water in the sea."
+FALLS_TECHNICALLY = "Rain is liquid precipitation from clouds."
+GROWS_TECHNICALLY = "Rain supplies soil water for plant growth."
+BEES = "Bees make sweet honey from flowers."
+FALSE = "Rain is honey that falls from trees."
+
+
+def score(prompt: str, *sentences: str) -> float:
+    return Judge().judge(prompt, " ".join(sentences)).score
+
+
+def sampled(count: int, responses: int, seed: int) -> list[dict]:
+    """Rows as sampling gives them: several answers of the quality of people to each of some instructions."""
+    train, _ = split(seed)
+    asked = random.Random(seed).sample(train, k=count)
+    drawn = [demonstrations(asked, seed=seed + i) for i in range(responses)]
+    return [{"prompt": one.text, "responses": [rows[i]["response"] for rows in drawn]} for i, one in enumerate(asked)]
+
+
+def test_a_flawless_response_is_exactly_one_in_any_order_and_spacing():
+    assert score(TWO, FALLS, GROWS) == score(TWO, GROWS, FALLS) == 1
+    assert score(ONE, BEGAN) == 1
+    assert score(EXPERT, FALLS_TECHNICALLY, GROWS_TECHNICALLY) == 1
+    assert score(f"{TWO}\n", f" {FALLS}\n", f" {GROWS} ") == 1
+
+
+def test_the_verdict_counts_what_it_found():
+    verdict = Judge().judge(TWO, f"{FALLS} {GROWS_TECHNICALLY} {FALLS} {BEES} {FALSE} Rain helps")
+    assert (verdict.asked, verdict.sentences, verdict.true, verdict.on_topic) == (2, 6, 4, 3)
+    assert (verdict.distinct, verdict.in_register, verdict.extra, verdict.ended) == (2, 1, 4, False)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "expected"),
+    [
+        pytest.param([FALLS], 1 / 2, id="too short"),
+        pytest.param([FALLS, GROWS, BEGAN], 1 - FAULT, id="too long"),
+        pytest.param([FALLS, GROWS_TECHNICALLY], (1 + OTHER_REGISTER) / 2, id="a sentence off register"),
+        pytest.param([FALLS_TECHNICALLY, GROWS_TECHNICALLY], OTHER_REGISTER, id="all off register"),
+        pytest.param([FALLS, BEES], 1 / 2 - FAULT, id="another topic"),
+        pytest.param([FALLS, FALSE], 1 / 2 - FAULT, id="false"),
+        pytest.param([FALLS, FALLS], 1 / 2 - FAULT, id="repeated"),
+        pytest.param([FALLS, FALLS_TECHNICALLY], 1 / 2 - FAULT, id="repeated in the other register"),
+        pytest.param([FALLS, GROWS[:-1]], 1 - FAULT, id="no full stop at the end"),
+        pytest.param([FALLS, GROWS, "Rain is"], 1 - 2 * FAULT, id="cut off in one sentence more"),
+        pytest.param([FALLS, GROWS, "."], 1 - FAULT, id="a full stop more"),
+    ],
+)
+def test_each_flaw_alone_lowers_the_score(sentences: list[str], expected: float):
+    assert score(TWO, *sentences) == pytest.approx(expected)
+
+
+def test_the_register_is_the_one_of_the_audience():
+    assert score(EXPERT, FALLS, GROWS) == pytest.approx(OTHER_REGISTER)
+
+
+def test_the_better_sentences_are_counted_where_there_are_too_many():
+    assert score(ONE, FALLS_TECHNICALLY, GROWS) == pytest.approx(1 - FAULT)
+
+
+@pytest.mark.parametrize("response", ["", "  \n"])
+def test_an_empty_response_is_the_worst(response: str):
+    assert score(ONE, response) == -1
+
+
+def test_no_response_is_below_minus_one():
+    assert score(ONE, *[FALSE] * 9) == -1
+
+
+def test_what_is_no_instruction_cannot_be_judged():
+    with pytest.raises(InputError, match="Once upon a time"):
+        Judge().judge("Once upon a time", FALLS)
+
+
+def test_the_judge_is_a_reward_function():
+    assert Judge().score([ONE, ONE], [FALLS, ""], column=["a", "b"]) == [1, -1]
+
+
+@pytest.mark.parametrize("agreement", [0.6, 0.75, 0.95])
+def test_the_temperature_gives_the_expected_agreement(agreement: float):
+    differences = [0.3, -0.6, 0.0, 1.3, -0.05]
+    temperature = temperature_for_agreement(differences, agreement)
+    agreed = [1 / (1 + math.exp(-abs(d) / temperature)) for d in differences if d]
+    assert sum(agreed) / len(agreed) == pytest.approx(agreement)
+
+
+def test_the_temperature_of_equal_differences_has_a_closed_form():
+    assert temperature_for_agreement([2.0, -2.0], 0.75) == pytest.approx(2 / math.log(3))
+
+
+def test_no_temperature_explains_pairs_that_are_all_alike_or_an_impossible_agreement():
+    with pytest.raises(InputError, match="found 2 of 0"):
+        temperature_for_agreement([0.0, 0.0])
+    for agreement in (0.5, 1.0):
+        with pytest.raises(InputError, match=f"agreement={agreement}"):
+            temperature_for_agreement([1.0], agreement)
+
+
+def test_rankings_are_plackett_luce_and_their_pairs_bradley_terry():
+    scores, temperature, draws = [0.0, 0.5, 1.0], 0.7, 20_000
+    generator = random.Random(0)
+    drawn = Counter(tuple(rank(scores, temperature=temperature, generator=generator)) for _ in range(draws))
+    strength = [math.exp(one / temperature) for one in scores]
+    for order in permutations(range(3)):
+        first, second, third = (strength[i] for i in order)
+        expected = first / sum(strength) * second / (second + third)
+        assert drawn[order] / draws == pytest.approx(expected, abs=0.015)
+    for i, j in combinations(range(3), 2):
+        before = sum(count for order, count in drawn.items() if order.index(i) < order.index(j))
+        assert before / draws == pytest.approx(strength[i] / (strength[i] + strength[j]), abs=0.015)
+
+
+def test_labels_agree_with_the_judge_as_often_as_asked_on_the_pairs_that_differ():
+    for agreement in (0.75, 0.9):
+        labelled = label(sampled(1000, 4, seed=0), seed=0, agreement=agreement)
+        agreed = []
+        for row in labelled:
+            responses = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
+            scores = Judge().score([row["prompt"]] * len(responses), responses)
+            agreed += [better > worse for better, worse in combinations(scores, 2) if better != worse]
+        assert len(agreed) > 2000
+        assert sum(agreed) / len(agreed) == pytest.approx(agreement, abs=0.025)
+
+
+def test_two_responses_become_a_pair_and_more_a_ranking_of_the_same_texts():
+    rows = [{"prompt": TWO, "responses": [FALLS, GROWS]}, {"prompt": TWO, "responses": [FALLS, GROWS, BEES]}]
+    pair, ranking = label(rows, seed=0)
+    assert pair.keys() == {"prompt", "chosen", "rejected"}
+    assert {pair["chosen"], pair["rejected"]} == {FALLS, GROWS}
+    assert ranking.keys() == {"prompt", "responses"}
+    assert sorted(ranking["responses"]) == sorted([FALLS, GROWS, BEES])
+
+
+def test_equal_responses_are_one_and_empty_ones_none():
+    assert label([{"prompt": ONE, "responses": [FALLS, FALLS, "", " "]}], seed=0) == []
+    (row,) = label([{"prompt": ONE, "responses": [FALLS, BEES, FALLS]}], seed=0)
+    assert {row["chosen"], row["rejected"]} == {FALLS, BEES}
+
+
+def test_the_order_of_sampling_says_nothing_about_the_label():
+    rows = [{"prompt": ONE, "responses": [FALLS, GROWS]}] * 2000
+    first = sum(row["chosen"] == FALLS for row in label(rows, seed=0))
+    assert first / 2000 == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_seed_decides_the_labels():
+    rows = sampled(100, 3, seed=1)
+    assert label(rows, seed=1) == label(rows, seed=1) != label(rows, seed=2)
+
+
+def test_the_ceiling_is_the_judges_own_accuracy_with_ties_as_half():
+    right = {"prompt": ONE, "chosen": FALLS, "rejected": BEES}
+    wrong = {"prompt": ONE, "chosen": BEES, "rejected": FALLS}
+    tie = {"prompt": ONE, "chosen": FALLS, "rejected": GROWS}
+    ranking = {"prompt": ONE, "responses": [FALLS, BEES, FALLS_TECHNICALLY]}  # right, right, wrong
+    assert ceiling([right]) == 1
+    assert ceiling([wrong]) == 0
+    assert ceiling([right, wrong, tie, ranking]) == pytest.approx(3.5 / 6)
+
+
+def test_there_is_no_ceiling_without_comparisons():
+    with pytest.raises(InputError, match="at least one comparison"):
+        ceiling([])
