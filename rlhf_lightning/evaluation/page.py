@@ -16,8 +16,9 @@ JUDGES = {
         "saw its scores."
     ),
     "reward model": (
-        "Nobody here knows the truth about these responses, so the reward model's score stands in for a judge. PPO was "
-        "trained to raise this very score: read these numbers as how far it rose, not as proof that people would agree."
+        "Nobody here knows the truth about these responses, so the score of the reward model (or function) stands "
+        "in for a judge. PPO was trained to raise this very score: read these numbers as how far it rose, not as proof "
+        "that people would agree."
     ),
 }
 """Who judged, and what that is worth."""

@@ -81,7 +81,7 @@ def test_a_resumed_run_keeps_its_beginning(tmp_path: Path) -> None:
     fit(
         tmp_path,
         resumed,
-        ModelCheckpoint(tmp_path / "second"),
+        ModelCheckpoint(tmp_path / "first"),
         max_epochs=2,
         ckpt_path=tmp_path / "first" / "last.ckpt",
     )

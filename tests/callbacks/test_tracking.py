@@ -50,6 +50,8 @@ def entries(record: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An offline run with config, metrics, a table and a figure in it, finished."""
+    import wandb
+
     folder = tmp_path_factory.mktemp("wandb")
     logger = WandbLogger(project="aligned", name="first", save_dir=folder, offline=True, tags=["tiny"])
     logger.log_hyperparams({"seed": 3, "module": {"beta": 0.05}})
@@ -58,6 +60,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     log_headline([logger], {"win_rate": {"ppo": {"mean": 0.8}}}, step=8)
     log_figures([logger], {"win_rate": win_rate_figure({"ppo": Interval(0.8, 0.7, 0.9)})}, step=8)
     logger.experiment.finish()
+    # finish() may return before its service has written the file; the end of the service is the end of the writing.
+    wandb.teardown()
     (found,) = (folder / "wandb").glob("offline-run-*")
     return found
 

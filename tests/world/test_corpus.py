@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from itertools import pairwise
+
 import pytest
 
 from rlhf_lightning.errors import InputError
@@ -23,21 +26,19 @@ def verdicts(flaws: Flaws) -> list[Verdict]:
     return [Judge().judge(**row) for row in demonstrations(TRAIN, seed=0, flaws=flaws)]
 
 
-def test_about_half_of_the_raw_texts_are_lists_of_three_to_six_instructions():
+def test_about_half_of_the_raw_texts_are_lists_of_three_to_six_instructions() -> None:
     lists = [text for text in RAW if is_instruction(text.splitlines()[0])]
     assert len(lists) / len(RAW) == pytest.approx(0.5, abs=0.05)
     assert {len(text.splitlines()) for text in lists} == {3, 4, 5, 6}
 
 
-def test_after_an_instruction_raw_text_has_an_instruction_or_nothing():
+def test_after_an_instruction_raw_text_has_an_instruction_or_nothing() -> None:
     for text in RAW:
-        lines = text.splitlines()
-        for line, following in zip(lines, lines[1:], strict=False):
-            assert not is_instruction(line) or is_instruction(following)
-        assert not any(one in line and one != line for line in lines for one in lines[:1] if is_instruction(one))
+        lines = [is_instruction(line) for line in text.splitlines()]
+        assert all(following or not line for line, following in pairwise(lines))
 
 
-def test_held_out_instructions_never_stand_in_raw_text_or_training_demonstrations():
+def test_held_out_instructions_never_stand_in_raw_text_or_training_demonstrations() -> None:
     held_out = {one.text for one in HELD_OUT}
     written = {line for text in RAW for line in text.splitlines()}
     written |= {row["prompt"] for row in demonstrations(TRAIN, seed=0)}
@@ -45,7 +46,7 @@ def test_held_out_instructions_never_stand_in_raw_text_or_training_demonstration
     assert not written & held_out
 
 
-def test_an_article_tells_distinct_facts_of_one_topic():
+def test_an_article_tells_distinct_facts_of_one_topic() -> None:
     for text in RAW:
         if is_instruction(text.splitlines()[0]):
             continue
@@ -54,28 +55,28 @@ def test_an_article_tells_distinct_facts_of_one_topic():
         assert len({fact.number for fact in told}) == len(told) in (3, 4)
 
 
-def test_every_fact_stands_in_raw_text():
+def test_every_fact_stands_in_raw_text() -> None:
     written = " ".join(RAW)
     assert all(sentence in written for sentence in facts())
 
 
-def test_the_seed_decides_what_is_written():
+def test_the_seed_decides_what_is_written() -> None:
     assert raw_text(50, TRAIN, seed=1) == raw_text(50, TRAIN, seed=1) != raw_text(50, TRAIN, seed=2)
     asked = TRAIN[:50]
     assert demonstrations(asked, seed=1) == demonstrations(asked, seed=1) != demonstrations(asked, seed=2)
 
 
-def test_demonstrations_answer_the_instructions_in_their_order():
+def test_demonstrations_answer_the_instructions_in_their_order() -> None:
     assert [row["prompt"] for row in demonstrations(TRAIN, seed=0)] == [one.text for one in TRAIN]
 
 
-def test_about_a_quarter_of_the_demonstrations_is_flawless_and_the_rest_well_below():
+def test_about_a_quarter_of_the_demonstrations_is_flawless_and_the_rest_well_below() -> None:
     scores = [verdict.score for verdict in verdicts(Flaws())]
     assert 0.22 <= sum(score == 1 for score in scores) / len(scores) <= 0.33
     assert 0.3 <= sum(scores) / len(scores) <= 0.7
 
 
-def test_people_without_flaws_answer_flawlessly():
+def test_people_without_flaws_answer_flawlessly() -> None:
     assert {verdict.score for verdict in verdicts(NONE)} == {1.0}
 
 
@@ -89,7 +90,7 @@ def test_people_without_flaws_answer_flawlessly():
         ("repeated", lambda verdict: verdict.distinct < verdict.on_topic),
     ],
 )
-def test_each_flaw_shows_as_itself_and_costs(flaw: str, shows):
+def test_each_flaw_shows_as_itself_and_costs(flaw: str, shows: Callable[[Verdict], bool]) -> None:
     found = verdicts(Flaws(**{**vars(NONE), flaw: 1.0}))
     one_sentence_is_enough = flaw in ("too_short", "repeated")
     for verdict in found:
@@ -97,11 +98,11 @@ def test_each_flaw_shows_as_itself_and_costs(flaw: str, shows):
         assert (verdict.score == 1) == (not shows(verdict))
 
 
-def test_people_write_true_finished_sentences():
+def test_people_write_true_finished_sentences() -> None:
     for verdict in verdicts(Flaws()):
         assert verdict.true == verdict.sentences > 0
         assert verdict.ended
 
 
-def test_prompts_are_the_instructions_alone():
+def test_prompts_are_the_instructions_alone() -> None:
     assert prompts(TRAIN[:2]) == [{"prompt": TRAIN[0].text}, {"prompt": TRAIN[1].text}]

@@ -42,14 +42,14 @@ def sampled(count: int, responses: int, seed: int) -> list[dict]:
     return [{"prompt": one.text, "responses": [rows[i]["response"] for rows in drawn]} for i, one in enumerate(asked)]
 
 
-def test_a_flawless_response_is_exactly_one_in_any_order_and_spacing():
+def test_a_flawless_response_is_exactly_one_in_any_order_and_spacing() -> None:
     assert score(TWO, FALLS, GROWS) == score(TWO, GROWS, FALLS) == 1
     assert score(ONE, BEGAN) == 1
     assert score(EXPERT, FALLS_TECHNICALLY, GROWS_TECHNICALLY) == 1
     assert score(f"{TWO}\n", f" {FALLS}\n", f" {GROWS} ") == 1
 
 
-def test_the_verdict_counts_what_it_found():
+def test_the_verdict_counts_what_it_found() -> None:
     verdict = Judge().judge(TWO, f"{FALLS} {GROWS_TECHNICALLY} {FALLS} {BEES} {FALSE} Rain helps")
     assert (verdict.asked, verdict.sentences, verdict.true, verdict.on_topic) == (2, 6, 4, 3)
     assert (verdict.distinct, verdict.in_register, verdict.extra, verdict.ended) == (2, 1, 4, False)
@@ -71,49 +71,49 @@ def test_the_verdict_counts_what_it_found():
         pytest.param([FALLS, GROWS, "."], 1 - FAULT, id="a full stop more"),
     ],
 )
-def test_each_flaw_alone_lowers_the_score(sentences: list[str], expected: float):
+def test_each_flaw_alone_lowers_the_score(sentences: list[str], expected: float) -> None:
     assert score(TWO, *sentences) == pytest.approx(expected)
 
 
-def test_the_register_is_the_one_of_the_audience():
+def test_the_register_is_the_one_of_the_audience() -> None:
     assert score(EXPERT, FALLS, GROWS) == pytest.approx(OTHER_REGISTER)
 
 
-def test_the_better_sentences_are_counted_where_there_are_too_many():
+def test_the_better_sentences_are_counted_where_there_are_too_many() -> None:
     assert score(ONE, FALLS_TECHNICALLY, GROWS) == pytest.approx(1 - FAULT)
 
 
 @pytest.mark.parametrize("response", ["", "  \n"])
-def test_an_empty_response_is_the_worst(response: str):
+def test_an_empty_response_is_the_worst(response: str) -> None:
     assert score(ONE, response) == -1
 
 
-def test_no_response_is_below_minus_one():
+def test_no_response_is_below_minus_one() -> None:
     assert score(ONE, *[FALSE] * 9) == -1
 
 
-def test_what_is_no_instruction_cannot_be_judged():
+def test_what_is_no_instruction_cannot_be_judged() -> None:
     with pytest.raises(InputError, match="Once upon a time"):
         Judge().judge("Once upon a time", FALLS)
 
 
-def test_the_judge_is_a_reward_function():
+def test_the_judge_is_a_reward_function() -> None:
     assert Judge().score([ONE, ONE], [FALLS, ""], column=["a", "b"]) == [1, -1]
 
 
 @pytest.mark.parametrize("agreement", [0.6, 0.75, 0.95])
-def test_the_temperature_gives_the_expected_agreement(agreement: float):
+def test_the_temperature_gives_the_expected_agreement(agreement: float) -> None:
     differences = [0.3, -0.6, 0.0, 1.3, -0.05]
     temperature = temperature_for_agreement(differences, agreement)
     agreed = [1 / (1 + math.exp(-abs(d) / temperature)) for d in differences if d]
     assert sum(agreed) / len(agreed) == pytest.approx(agreement)
 
 
-def test_the_temperature_of_equal_differences_has_a_closed_form():
+def test_the_temperature_of_equal_differences_has_a_closed_form() -> None:
     assert temperature_for_agreement([2.0, -2.0], 0.75) == pytest.approx(2 / math.log(3))
 
 
-def test_no_temperature_explains_pairs_that_are_all_alike_or_an_impossible_agreement():
+def test_no_temperature_explains_pairs_that_are_all_alike_or_an_impossible_agreement() -> None:
     with pytest.raises(InputError, match="found 2 of 0"):
         temperature_for_agreement([0.0, 0.0])
     for agreement in (0.5, 1.0):
@@ -121,7 +121,7 @@ def test_no_temperature_explains_pairs_that_are_all_alike_or_an_impossible_agree
             temperature_for_agreement([1.0], agreement)
 
 
-def test_rankings_are_plackett_luce_and_their_pairs_bradley_terry():
+def test_rankings_are_plackett_luce_and_their_pairs_bradley_terry() -> None:
     scores, temperature, draws = [0.0, 0.5, 1.0], 0.7, 20_000
     generator = random.Random(0)
     drawn = Counter(tuple(rank(scores, temperature=temperature, generator=generator)) for _ in range(draws))
@@ -135,7 +135,7 @@ def test_rankings_are_plackett_luce_and_their_pairs_bradley_terry():
         assert before / draws == pytest.approx(strength[i] / (strength[i] + strength[j]), abs=0.015)
 
 
-def test_labels_agree_with_the_judge_as_often_as_asked_on_the_pairs_that_differ():
+def test_labels_agree_with_the_judge_as_often_as_asked_on_the_pairs_that_differ() -> None:
     for agreement in (0.75, 0.9):
         labelled = label(sampled(1000, 4, seed=0), seed=0, agreement=agreement)
         agreed = []
@@ -147,7 +147,7 @@ def test_labels_agree_with_the_judge_as_often_as_asked_on_the_pairs_that_differ(
         assert sum(agreed) / len(agreed) == pytest.approx(agreement, abs=0.025)
 
 
-def test_two_responses_become_a_pair_and_more_a_ranking_of_the_same_texts():
+def test_two_responses_become_a_pair_and_more_a_ranking_of_the_same_texts() -> None:
     rows = [{"prompt": TWO, "responses": [FALLS, GROWS]}, {"prompt": TWO, "responses": [FALLS, GROWS, BEES]}]
     pair, ranking = label(rows, seed=0)
     assert pair.keys() == {"prompt", "chosen", "rejected"}
@@ -156,24 +156,24 @@ def test_two_responses_become_a_pair_and_more_a_ranking_of_the_same_texts():
     assert sorted(ranking["responses"]) == sorted([FALLS, GROWS, BEES])
 
 
-def test_equal_responses_are_one_and_empty_ones_none():
+def test_equal_responses_are_one_and_empty_ones_none() -> None:
     assert label([{"prompt": ONE, "responses": [FALLS, FALLS, "", " "]}], seed=0) == []
     (row,) = label([{"prompt": ONE, "responses": [FALLS, BEES, FALLS]}], seed=0)
     assert {row["chosen"], row["rejected"]} == {FALLS, BEES}
 
 
-def test_the_order_of_sampling_says_nothing_about_the_label():
+def test_the_order_of_sampling_says_nothing_about_the_label() -> None:
     rows = [{"prompt": ONE, "responses": [FALLS, GROWS]}] * 2000
     first = sum(row["chosen"] == FALLS for row in label(rows, seed=0))
     assert first / 2000 == pytest.approx(0.5, abs=0.05)
 
 
-def test_the_seed_decides_the_labels():
+def test_the_seed_decides_the_labels() -> None:
     rows = sampled(100, 3, seed=1)
     assert label(rows, seed=1) == label(rows, seed=1) != label(rows, seed=2)
 
 
-def test_the_ceiling_is_the_judges_own_accuracy_with_ties_as_half():
+def test_the_ceiling_is_the_judges_own_accuracy_with_ties_as_half() -> None:
     right = {"prompt": ONE, "chosen": FALLS, "rejected": BEES}
     wrong = {"prompt": ONE, "chosen": BEES, "rejected": FALLS}
     tie = {"prompt": ONE, "chosen": FALLS, "rejected": GROWS}
@@ -183,6 +183,6 @@ def test_the_ceiling_is_the_judges_own_accuracy_with_ties_as_half():
     assert ceiling([right, wrong, tie, ranking]) == pytest.approx(3.5 / 6)
 
 
-def test_there_is_no_ceiling_without_comparisons():
+def test_there_is_no_ceiling_without_comparisons() -> None:
     with pytest.raises(InputError, match="at least one comparison"):
         ceiling([])

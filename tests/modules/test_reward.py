@@ -1,0 +1,217 @@
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from rlhf_lightning.modules import RewardModule
+from rlhf_lightning.modules.reward import wins
+from rlhf_lightning.types import ComparisonBatch
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
+]
+
+Ranking = list[list[int]]
+"""The responses to one prompt, the best first."""
+
+MIXED: list[Ranking] = [
+    [[50, 60, 1], [50, 61, 62, 63, 1]],
+    [[70, 30, 31, 1], [70, 32, 1], [70, 33, 34, 35, 1], [70, 36, 1]],
+    [[80, 81, 82, 1], [80, 83, 1], [80, 84, 85, 1]],
+]
+
+
+def batch(rankings: list[Ranking], *, pads: int = 0) -> ComparisonBatch:
+    rows = [row for ranking in rankings for row in ranking]
+    width = max(map(len, rows)) + pads
+    return ComparisonBatch(
+        tokens=torch.tensor([row + [0] * (width - len(row)) for row in rows]),
+        attention_mask=torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows]),
+        prompt_index=torch.tensor([i for i, ranking in enumerate(rankings) for _ in ranking]),
+        ranks=torch.tensor([rank for ranking in rankings for rank in range(len(ranking))]),
+    )
+
+
+def separable(count: int, seed: int) -> list[Ranking]:
+    """The better response of a pair holds token 100, the worse one token 101, among random others."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        prompt, good, bad = (torch.randint(10, 90, (3,), generator=generator).tolist() for _ in range(3))
+        found.append([[*prompt, *good, 100, 1], [*prompt, 101, *bad[:2], 1]])
+    return found
+
+
+def scores_one_by_one(network: Any, rankings: list[Ranking]) -> list[list[Tensor]]:
+    return [[network(torch.tensor([row])).logits[0, 0] for row in ranking] for ranking in rankings]
+
+
+def pair_margins(scores: list[list[Tensor]]) -> list[list[Tensor]]:
+    return [[better - worse for better, worse in combinations(ranking, 2)] for ranking in scores]
+
+
+@pytest.fixture
+def make(classifier: Callable[..., Any], tokenizer: Any) -> Callable[..., RewardModule]:
+    return lambda kind="llama", **settings: RewardModule(
+        classifier(kind), tokenizer=tokenizer, **{"learning_rate": 1e-2, **settings}
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("pads", [0, 4])
+def test_the_loss_is_the_mean_over_prompts_of_the_mean_over_their_pairs(
+    kind: str, pads: int, make: Callable[..., RewardModule], classifier: Callable[..., Any], fit: Callable[..., Any]
+) -> None:
+    margins = pair_margins(scores_one_by_one(classifier(kind), MIXED))
+    losses = [torch.stack([(1 + (-m).exp()).log() for m in of_prompt]).mean() for of_prompt in margins]
+    logged = fit(make(kind), [batch(MIXED, pads=pads)], max_steps=1)
+    assert logged["reward/loss"] == pytest.approx([torch.stack(losses).mean().item()], rel=1e-4)
+    right = [float(m > 0) for of_prompt in margins for m in of_prompt]
+    assert logged["reward/accuracy"] == pytest.approx([sum(right) / len(right)])
+
+
+def test_each_response_is_read_once_however_many_pairs_it_is_in(
+    make: Callable[..., RewardModule], fit: Callable[..., Any]
+) -> None:
+    rows: list[int] = []
+    module = make(shift_scores=False)
+    module.reward_model.register_forward_pre_hook(
+        lambda _, __, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    fit(module, [batch(MIXED)], max_steps=1)
+    assert sum(rows) == 9
+
+
+def test_validation_metrics_are_over_all_pairs_of_all_batches(
+    make: Callable[..., RewardModule], classifier: Callable[..., Any], validate: Callable[..., Any]
+) -> None:
+    with torch.no_grad():
+        margins = [m for p in pair_margins(scores_one_by_one(classifier(), MIXED)) for m in p]
+    found = validate(make(), [batch(MIXED[:1], pads=2), batch(MIXED[1:])])
+    expected = torch.stack(margins)
+    assert found["reward/val_loss"] == pytest.approx((1 + (-expected).exp()).log().mean().item(), rel=1e-4)
+    assert found["reward/val_accuracy"] == pytest.approx((expected > 0).float().mean().item())
+    assert found["reward/val_margin"] == pytest.approx(expected.mean().item(), rel=1e-4)
+
+
+def test_a_tie_counts_half() -> None:
+    assert wins(torch.tensor([2.0, 0.0, -1.0])).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_what_separates_good_from_bad_is_learned(
+    make: Callable[..., RewardModule], fit: Callable[..., Any], validate: Callable[..., Any]
+) -> None:
+    module = make()
+    losses = fit(module, [batch(separable(8, seed)) for seed in range(12)], max_epochs=3)["reward/loss"]
+    assert losses[-1] < 0.2 * losses[0]
+    found = validate(module, [batch(separable(64, seed=99))])
+    assert found["reward/val_accuracy"] > 0.95
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_after_training_the_best_responses_of_the_training_data_average_0(
+    kind: str, make: Callable[..., RewardModule], fit: Callable[..., Any]
+) -> None:
+    data = [batch(separable(8, seed), pads=seed) for seed in range(3)] + [batch(MIXED)]
+    for shift_scores in (True, False):
+        module = make(kind, shift_scores=shift_scores)
+        fit(module, data, max_epochs=1)
+        with torch.no_grad():
+            chosen = torch.cat([module(b.tokens, b.attention_mask)[b.ranks == 0] for b in data])
+        assert (abs(chosen.mean().item()) < 1e-3) is shift_scores
+
+
+def test_the_exported_folder_gives_the_modules_scores_in_transformers_alone(
+    tmp_path: Path, make: Callable[..., RewardModule], fit: Callable[..., Any]
+) -> None:
+    module = make()
+    fit(module, [batch(MIXED)], max_epochs=3)
+    module.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    sequences = batch(MIXED, pads=2)
+    with torch.no_grad():
+        found = loaded(input_ids=sequences.tokens, attention_mask=sequences.attention_mask.long()).logits.squeeze(-1)
+        torch.testing.assert_close(found, module(sequences.tokens, sequences.attention_mask))
+    assert found[sequences.ranks == 0].mean().item() == pytest.approx(0.0, abs=1e-3)
+
+
+def test_scores_are_blind_to_padding_and_to_what_lies_in_it(make: Callable[..., RewardModule]) -> None:
+    module, narrow, wide = make(), batch(MIXED), batch(MIXED, pads=5)
+    expected = module(narrow.tokens, narrow.attention_mask)
+    torch.testing.assert_close(module(wide.tokens, wide.attention_mask), expected)
+
+
+def test_a_language_model_becomes_a_reward_model_with_the_head_of_the_seed(
+    policy: Callable[..., Any], tokenizer: Any
+) -> None:
+    one, same, other = (RewardModule(policy(), tokenizer=tokenizer, seed=s).reward_model.score for s in (0, 0, 1))
+    assert one.weight.shape == (1, 16)
+    assert torch.equal(one.weight, same.weight)
+    assert not torch.equal(one.weight, other.weight)
+
+
+def test_a_language_model_without_a_padding_token_is_trained(
+    policy: Callable[..., Any], tokenizer: Any, fit: Callable[..., Any]
+) -> None:
+    module = RewardModule(policy(pad_token_id=None), tokenizer=tokenizer)
+    fit(module, [batch(MIXED)], max_steps=1)
+    assert module.reward_model.config.pad_token_id == 0
+
+
+def test_training_runs_without_dropout(classifier: Callable[..., Any], tokenizer: Any, fit: Callable[..., Any]) -> None:
+    logged = []
+    for seed in (0, 1):
+        network = classifier("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+        torch.manual_seed(seed)
+        logged.append(fit(RewardModule(network, tokenizer=tokenizer), [batch(MIXED)], max_epochs=2)["reward/loss"])
+    assert logged[0] == logged[1]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"learning_rate": 5e-3}, {"weight_decay": 0.5}, {"lr_schedule": "constant"}, {"warmup_steps": 2},
+     {"shift_scores": False}],
+)  # fmt: skip
+def test_every_setting_changes_the_trained_weights(
+    setting: dict[str, Any], make: Callable[..., RewardModule], fit: Callable[..., Any], weights: Callable[..., Any]
+) -> None:
+    default, other = make(), make(**setting)
+    for module in (default, other):
+        fit(module, [batch(MIXED), batch(separable(2, 0))], max_epochs=2)
+    before, after = weights(default.reward_model), weights(other.reward_model)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_two_processes_shift_the_scores_by_the_mean_over_both(
+    tmp_path: Path,
+    make: Callable[..., RewardModule],
+    classifier: Callable[..., Any],
+    tokenizer: Any,
+    trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+) -> None:
+    halves = (batch(separable(2, 0)), batch(separable(6, 1)))
+
+    class Halves(RewardModule):
+        def train_dataloader(self) -> Any:
+            return make_loader([halves[self.global_rank]])
+
+        def on_train_end(self) -> None:
+            super().on_train_end()
+            torch.save(self.reward_model.state_dict(), tmp_path / f"{self.global_rank}.pt")
+
+    trainer(max_epochs=1, strategy="ddp_fork", devices=2).fit(Halves(classifier(), tokenizer=tokenizer))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    module = make()
+    module.reward_model.load_state_dict(first)
+    with torch.no_grad():
+        chosen = torch.cat([module(b.tokens, b.attention_mask)[b.ranks == 0] for b in halves])
+    assert chosen.mean().item() == pytest.approx(0.0, abs=1e-3)

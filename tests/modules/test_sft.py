@@ -1,0 +1,194 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.modules import SFTModule
+from rlhf_lightning.types import SFTBatch
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
+]
+
+FEW = ([[50, 90, 70, 30, 20, 1], [80, 40, 1]], [[0, 0, 0, 1, 1, 1], [0, 1, 1]])
+MANY = ([[11, 12, 13, 14, 15, 16, 17, 1], [21, 22, 23, 24, 1], [5, 6]], [[0] + [1] * 7, [0, 0, 1, 1, 1], [0, 1]])
+
+
+def batch(rows: list[list[int]], targets: list[list[int]], *, pads: int = 0, pad: int = 0) -> SFTBatch:
+    width = max(map(len, rows)) + pads
+    return SFTBatch(
+        tokens=torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+        attention_mask=torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows]),
+        loss_mask=torch.tensor([[bool(x) for x in row] + [False] * (width - len(row)) for row in targets]),
+    )
+
+
+def token_losses(network: Any, rows: list[list[int]], targets: list[list[int]]) -> Tensor:
+    """-log p of each token that counts, sequence by sequence, without any padding."""
+    found = []
+    for row, counts in zip(rows, targets, strict=True):
+        logprobs = network(torch.tensor([row])).logits[0].log_softmax(-1)
+        found += [-logprobs[t - 1, row[t]] for t in range(len(row)) if counts[t]]
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_loss_is_the_mean_cross_entropy_of_the_tokens_that_count(
+    kind: str, policy: Callable[..., Any], fit: Callable[..., Any]
+) -> None:
+    expected = token_losses(policy(kind), *FEW).mean().item()
+    for pads in (0, 3):
+        logged = fit(SFTModule(policy(kind)), [batch(*FEW, pads=pads, pad=99)], max_steps=1)
+        assert logged["sft/loss"] == pytest.approx([expected], rel=1e-4)
+
+
+def test_the_gradient_is_that_of_the_mean_over_all_tokens_of_the_batch(
+    policy: Callable[..., Any], fit: Callable[..., Any]
+) -> None:
+    network = policy()
+    token_losses(network, *MANY).mean().backward()
+    expected = {name: p.grad for name, p in network.named_parameters()}
+
+    class Gradients(Callback):
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            self.found = {name: p.grad.clone() for name, p in module.policy.named_parameters()}
+
+    seen = Gradients()
+    fit(SFTModule(policy()), [batch(*MANY)], max_steps=1, callbacks=[seen])
+    for name, gradient in expected.items():
+        torch.testing.assert_close(seen.found[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_falls_and_the_end_token_is_learned(policy: Callable[..., Any], fit: Callable[..., Any]) -> None:
+    module = SFTModule(policy(), learning_rate=1e-2)
+    losses = fit(module, [batch(*FEW)], max_epochs=40)["sft/loss"]
+    assert losses[-1] < 0.1 * losses[0]
+    logits = module.policy(torch.tensor([FEW[0][0][:-1]])).logits
+    assert logits[0, -1].argmax() == 1
+
+
+def test_validation_metrics_are_over_all_tokens_of_all_batches(
+    policy: Callable[..., Any], validate: Callable[..., Any]
+) -> None:
+    module = SFTModule(policy())
+    with torch.no_grad():
+        losses = torch.cat([token_losses(policy(), *FEW), token_losses(policy(), *MANY)])
+    hits = []
+    for rows, targets in (FEW, MANY):
+        for row, counts in zip(rows, targets, strict=True):
+            likeliest = policy()(torch.tensor([row])).logits[0].argmax(-1)
+            hits += [float(likeliest[t - 1] == row[t]) for t in range(len(row)) if counts[t]]
+    found = validate(module, [batch(*FEW), batch(*MANY, pads=2)])
+    assert found["sft/val_loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
+    assert found["sft/val_perplexity"] == pytest.approx(losses.mean().exp().item(), rel=1e-3)
+    assert found["sft/val_token_accuracy"] == pytest.approx(sum(hits) / len(hits))
+
+
+def test_token_accuracy_is_1_once_everything_is_learned(
+    policy: Callable[..., Any], fit: Callable[..., Any], validate: Callable[..., Any]
+) -> None:
+    module = SFTModule(policy(), learning_rate=1e-2)
+    fit(module, [batch(*MANY)], max_epochs=60)
+    assert validate(module, [batch(*MANY)])["sft/val_token_accuracy"] == 1.0
+
+
+def test_dropout_is_on_in_training_and_off_in_validation(
+    policy: Callable[..., Any], fit: Callable[..., Any]
+) -> None:
+    class Forwards(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            self.training = [module(batch(*FEW))[0].detach() for _ in range(2)]
+
+        def on_validation_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            self.validation = [module(batch(*FEW))[0] for _ in range(2)]
+
+    seen = Forwards()
+    module = SFTModule(policy("gpt2", resid_pdrop=0.5))
+    fit(module, [batch(*FEW)], val=[batch(*FEW)], max_steps=1, callbacks=[seen])
+    assert not torch.allclose(*seen.training)
+    assert torch.equal(*seen.validation)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.853553, 0.5, 0.146447])],
+)
+def test_the_learning_rate_follows_its_schedule_over_the_steps_of_the_trainer(
+    schedule: Any, rates: list[float], policy: Callable[..., Any], fit: Callable[..., Any]
+) -> None:
+    class Rates(Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            self.seen.append(optimizer.param_groups[0]["lr"])
+
+    found = Rates()
+    module = SFTModule(policy(), learning_rate=1e-3, lr_schedule=schedule)
+    fit(module, [batch(*FEW), batch(*MANY)], max_epochs=2, callbacks=[found])
+    assert found.seen == pytest.approx([1e-3 * rate for rate in rates], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"learning_rate": 5e-3}, {"weight_decay": 0.5}, {"lr_schedule": "constant"}, {"warmup_steps": 2}]
+)
+def test_every_setting_changes_the_trained_weights(
+    setting: dict[str, Any], policy: Callable[..., Any], fit: Callable[..., Any], weights: Callable[..., Any]
+) -> None:
+    default, other = (SFTModule(policy(), **{"learning_rate": 1e-3, **s}) for s in ({}, setting))
+    for module in (default, other):
+        fit(module, [batch(*FEW), batch(*MANY)], max_epochs=2)
+    before, after = weights(default.policy), weights(other.policy)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_folder_is_loaded_by_transformers_alone(
+    tmp_path: Path, policy: Callable[..., Any], tokenizer: Any, fit: Callable[..., Any]
+) -> None:
+    module = SFTModule(policy(), tokenizer=tokenizer, learning_rate=1e-2)
+    fit(module, [batch(*FEW)], max_epochs=2)
+    module.save_pretrained(tmp_path)
+    tokens = torch.tensor([[5, 9, 7]])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(tokens).logits, module.policy.eval()(tokens).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id == 1
+    assert SFTModule(tmp_path).stop_token_ids == [1]
+
+
+def test_a_network_without_a_tokenizer_cannot_be_exported(tmp_path: Path, policy: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match=r"SFTModule was given a network without a tokenizer: pass tokenizer="):
+        SFTModule(policy()).save_pretrained(tmp_path)
+
+
+def test_the_longest_sequence_is_that_of_the_network(policy: Callable[..., Any]) -> None:
+    assert SFTModule(policy("gpt2")).max_positions == 64
+
+
+def test_two_processes_with_uneven_numbers_of_tokens_take_the_step_of_one_with_both(
+    tmp_path: Path, policy: Callable[..., Any], trainer: Callable[..., Any], make_loader: Callable[..., Any]
+) -> None:
+    both = batch([*FEW[0], *MANY[0]], [*FEW[1], *MANY[1]])
+    parts = {1: [both], 2: [batch(*FEW), batch(*MANY)]}
+
+    class Parts(SFTModule):
+        def train_dataloader(self) -> Any:
+            return make_loader([parts[self.trainer.world_size][self.global_rank]])
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            found = {name: p.grad for name, p in self.policy.named_parameters()}
+            torch.save(found, tmp_path / f"{self.trainer.world_size}-{self.global_rank}.pt")
+
+    for settings in ({}, {"strategy": "ddp_fork", "devices": 2}):
+        trainer(max_steps=1, **settings).fit(Parts(policy()))
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for name, gradient in one.items():
+        torch.testing.assert_close(first[name], gradient, rtol=1e-4, atol=1e-6)
+        assert torch.equal(first[name], second[name])

@@ -1,0 +1,152 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_lightning.rollout.experience import estimate_advantages, micro_batches, minibatches, trimmed_micro_batches
+from rlhf_lightning.types import Experience, Rollout, ScoredRollout
+
+PROMPTS = [[5, 9, 7, 30, 2], [8, 4], [40, 41, 42], [50], [60, 61]]
+RESPONSES = [[11, 1], [12, 13, 14, 15, 16, 17], [20, 21, 22, 1], [30, 31, 32], [1]]
+LENGTHS = [2, 6, 4, 3, 1]
+SETTINGS: dict[str, Any] = {"beta": 0.1, "gamma": 0.97, "lam": 0.9, "missing_eos_penalty": 1.0}
+
+
+@pytest.fixture
+def scored(rollout: Callable[..., Rollout]) -> ScoredRollout:
+    made = rollout(PROMPTS, RESPONSES)
+    generator = torch.Generator().manual_seed(0)
+    logprobs, ref_logprobs, values = (torch.randn(5, 6, generator=generator) * made.response_mask for _ in range(3))
+    return ScoredRollout(
+        **vars(made),
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        scores=torch.randn(5, generator=generator),
+    )
+
+
+def experience_of(scored: ScoredRollout, ranks: Callable[[Any], Any] = lambda x: x, **settings: Any) -> Experience:
+    return estimate_advantages(scored, sum_over_ranks=ranks, **{**SETTINGS, **settings})
+
+
+def by_hand(scored: ScoredRollout) -> tuple[list[list[float]], list[list[float]]]:
+    """Rewards, and advantages before they are centred and scaled, with loops."""
+    all_rewards, all_advantages = [], []
+    for row, length in enumerate(LENGTHS):
+        kl = (scored.logprobs - scored.ref_logprobs)[row, :length].tolist()
+        rewards = [-SETTINGS["beta"] * k for k in kl]
+        rewards[-1] += scored.scores[row].item() - (0.0 if 1 in RESPONSES[row] else 1.0)
+        values = [*scored.values[row, :length].tolist(), 0.0]
+        advantages, advantage = [], 0.0
+        for t in reversed(range(length)):
+            delta = rewards[t] + SETTINGS["gamma"] * values[t + 1] - values[t]
+            advantage = delta + SETTINGS["gamma"] * SETTINGS["lam"] * advantage
+            advantages.insert(0, advantage)
+        all_rewards.append(rewards)
+        all_advantages.append(advantages)
+    return all_rewards, all_advantages
+
+
+def test_experience_is_what_loops_over_the_tokens_find(scored: ScoredRollout) -> None:
+    found = experience_of(scored)
+    rewards, advantages = by_hand(scored)
+    flat = torch.tensor([a for row in advantages for a in row])
+    for row, length in enumerate(LENGTHS):
+        raw = torch.tensor(advantages[row])
+        torch.testing.assert_close(found.rewards[row, :length], torch.tensor(rewards[row]))
+        torch.testing.assert_close(found.returns[row, :length], raw + scored.values[row, :length])
+        torch.testing.assert_close(found.advantages[row, :length], (raw - flat.mean()) / flat.std(correction=0))
+
+
+def test_everything_outside_of_the_response_mask_is_0(scored: ScoredRollout) -> None:
+    found = experience_of(scored)
+    for x in (found.rewards, found.advantages, found.returns, found.old_logprobs, found.old_values):
+        assert (x[~found.response_mask] == 0).all()
+
+
+def test_advantages_share_one_mean_and_scale_over_all_ranks(scored: ScoredRollout) -> None:
+    whole = experience_of(scored)
+    parts = [scored.rows(torch.tensor(rows)) for rows in ([0, 1], [2, 3, 4])]
+    seen: list[torch.Tensor] = []
+    for part in parts:
+        experience_of(part, lambda x: seen.append(x) or x)
+    total = seen[0] + seen[1]
+    found = torch.cat([experience_of(part, lambda x: total).advantages for part in parts])
+    torch.testing.assert_close(found, whole.advantages)
+    alone = torch.cat([experience_of(part).advantages for part in parts])
+    assert not torch.allclose(alone, whole.advantages, atol=1e-2)
+
+
+@pytest.mark.parametrize("setting", [{"beta": 0.5}, {"gamma": 0.5}, {"lam": 0.5}, {"missing_eos_penalty": 5.0}])
+def test_every_setting_changes_the_advantages(scored: ScoredRollout, setting: dict[str, float]) -> None:
+    assert not torch.allclose(experience_of(scored, **setting).advantages, experience_of(scored).advantages)
+
+
+def test_a_rollout_of_a_single_token_has_advantage_0(scored: ScoredRollout) -> None:
+    found = experience_of(scored.rows(torch.tensor([4])))
+    assert (found.advantages == 0).all()
+    assert torch.isfinite(found.returns).all()
+
+
+def test_minibatches_use_every_row_once_in_a_new_order(scored: ScoredRollout) -> None:
+    experience = experience_of(scored)
+    first_tokens = experience.tokens[:, 4].tolist()
+    generator = torch.Generator().manual_seed(0)
+    orders = []
+    for _ in range(4):
+        parts = list(minibatches(experience, minibatch_size=2, generator=generator))
+        assert [len(part) for part in parts] == [2, 2, 1]
+        orders.append(torch.cat([part.tokens[:, 4] for part in parts]).tolist())
+        assert sorted(orders[-1]) == sorted(first_tokens)
+    assert len({tuple(order) for order in orders}) > 1
+
+
+def test_a_minibatch_keeps_together_what_belongs_to_a_row(scored: ScoredRollout) -> None:
+    experience = experience_of(scored)
+    for part in minibatches(experience, minibatch_size=2, generator=torch.Generator().manual_seed(0)):
+        for i in range(len(part)):
+            row = next(j for j in range(5) if torch.equal(experience.tokens[j], part.tokens[i]))
+            for name, value in vars(part).items():
+                assert torch.equal(value[i], getattr(experience, name)[row]), name
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (3, 2)])
+def test_micro_batches_yield_every_row_once_and_cut_only_padding(
+    size: int, left: int, right: int, rollout: Callable[..., Rollout]
+) -> None:
+    sequences = rollout(PROMPTS, RESPONSES, left=left, right=right)
+    seen = []
+    for rows, tokens, attention_mask, response_mask in micro_batches(sequences, micro_batch_size=size):
+        assert len(rows) <= size
+        # Nothing can be cut any more.
+        assert attention_mask[:, 0].any()
+        assert response_mask[:, -1].any()
+        assert torch.equal(attention_mask[:, -response_mask.shape[1] :], response_mask)
+        for i, row in enumerate(rows.tolist()):
+            seen.append(row)
+            assert tokens[i][attention_mask[i]].tolist() == PROMPTS[row] + RESPONSES[row]
+            length = response_mask.shape[1]
+            assert tokens[i, -length:][response_mask[i]].tolist() == RESPONSES[row]
+    assert sorted(seen) == [0, 1, 2, 3, 4]
+
+
+def test_micro_batches_hold_sequences_of_about_equal_length(rollout: Callable[..., Rollout]) -> None:
+    found = [mask.sum(dim=1).tolist() for _, _, mask, _ in micro_batches(rollout(PROMPTS, RESPONSES), micro_batch_size=2)]
+    assert [length for part in found for length in part] == sorted(len(p) + len(r) for p, r in zip(PROMPTS, RESPONSES))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_trimming_experience_loses_nothing_inside_of_the_mask(scored: ScoredRollout, size: int) -> None:
+    experience = experience_of(scored)
+    names = ["old_logprobs", "old_values", "rewards", "advantages", "returns"]
+    for name in names:
+        kept = [
+            getattr(part, name)[part.response_mask] for part in trimmed_micro_batches(experience, micro_batch_size=size)
+        ]
+        expected = getattr(experience, name)[experience.response_mask]
+        assert torch.cat(kept).sort().values.tolist() == expected.sort().values.tolist(), name
+    for part in trimmed_micro_batches(experience, micro_batch_size=size):
+        assert {getattr(part, name).shape for name in names} == {part.response_mask.shape}

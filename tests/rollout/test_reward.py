@@ -1,0 +1,331 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.networks import NetworkConfig, save_pretrained
+from rlhf_lightning.rollout.reward import FunctionReward, ModelReward, Reward, left_aligned, load_reward
+from rlhf_lightning.types import Rollout
+
+KINDS = ["llama", "gpt2"]
+PROMPTS = [[50, 90, 70, 30, 20], [80, 40], [40, 41, 42]]
+RESPONSES = [[11, 1], [12, 13, 14, 15, 16, 17], [20, 21, 22, 1]]
+
+
+@pytest.fixture
+def sequences(rollout: Callable[..., Rollout]) -> Rollout:
+    return rollout(PROMPTS, RESPONSES)
+
+
+def logits_one_by_one(network: Any, rows: list[list[int]]) -> torch.Tensor:
+    """The classifier's logit at the last token of each sequence, without any padding."""
+    with torch.no_grad():
+        return torch.cat([network(torch.tensor([row])).logits.flatten() for row in rows])
+
+
+# A reward function -----------------------------------------------------------
+
+
+def test_a_function_gets_prompts_responses_and_all_columns(rollout: Callable[..., Rollout]) -> None:
+    seen: dict[str, Any] = {}
+
+    def spy(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+        seen.update(prompts=prompts, responses=responses, **columns)
+        return [1.0, 2.0, 3.0]
+
+    made = rollout(PROMPTS, RESPONSES, wanted=["x", "y", "z"], weight=[3, 2, 1])
+    scores = FunctionReward(spy)(made)
+    assert scores.tolist() == [1.0, 2.0, 3.0]
+    assert scores.dtype == torch.float32
+    assert seen == {
+        "prompts": made.prompts, "responses": made.responses, "wanted": ["x", "y", "z"], "weight": [3, 2, 1]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "scores", [(1, 0, 2), [True, False, 2.0], torch.tensor([1.0, 0.0, 2.0]), (float(x) for x in (1, 0, 2))]
+)
+def test_scores_may_be_any_numbers_in_any_sequence(sequences: Rollout, scores: Any) -> None:
+    assert FunctionReward(lambda prompts, responses: scores)(sequences).tolist() == [1.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0, 2.0], "one score per response: 3 responses, 2 scores"),
+        ([1.0, 2.0, 3.0, 4.0], "3 responses, 4 scores"),
+        ([1.0, float("nan"), 3.0], "finite scores; the score of row 1 is nan"),
+        ([1.0, 2.0, float("-inf")], "finite scores; the score of row 2 is -inf"),
+        (["high", 2.0, 3.0], "must return numbers; the score of row 0 is 'high'"),
+        ([1.0, 2.0, None], "must return numbers; the score of row 2 is None"),
+    ],
+)
+def test_scores_that_cannot_be_used_name_function_rule_and_value(
+    sequences: Rollout, scores: list[Any], message: str
+) -> None:
+    def short_and_sweet(prompts: list[str], responses: list[str]) -> list[Any]:
+        return scores
+
+    with pytest.raises(InputError, match=message) as error:
+        FunctionReward(short_and_sweet)(sequences)
+    assert "short_and_sweet" in str(error.value)
+
+
+def test_an_exception_of_the_function_names_function_error_and_line(sequences: Rollout) -> None:
+    def broken(prompts: list[str], responses: list[str]) -> list[float]:
+        return [{"known": 1.0}["unknown"]]
+
+    with pytest.raises(InputError, match=r"broken raised KeyError: 'unknown' \(at test_reward\.py:\d+\)") as error:
+        FunctionReward(broken)(sequences)
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_a_function_that_does_not_take_a_column_is_told_so(rollout: Callable[..., Rollout]) -> None:
+    with pytest.raises(InputError, match="unexpected keyword argument 'wanted'"):
+        FunctionReward(lambda prompts, responses: [0.0] * 3)(rollout(PROMPTS, RESPONSES, wanted=[1, 2, 3]))
+
+
+# A reward model --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 32])
+def test_a_score_is_the_classifiers_logit_at_the_last_real_token(
+    kind: str, micro_batch_size: int, sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    network = classifier(kind)
+    reward = ModelReward(network, tokenizer, tokenizer, micro_batch_size=micro_batch_size)
+    expected = logits_one_by_one(network, [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)])
+    torch.testing.assert_close(reward(sequences), expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_on_either_side_cannot_change_a_score(
+    kind: str, rollout: Callable[..., Rollout], classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    reward = ModelReward(classifier(kind), tokenizer, tokenizer)
+    expected = reward(rollout(PROMPTS, RESPONSES))
+    for left, right in ((4, 0), (0, 4), (3, 2)):
+        found = reward(rollout(PROMPTS, RESPONSES, left=left, right=right))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ids_outside_of_the_mask_cannot_change_a_score(
+    sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    reward = ModelReward(classifier(), tokenizer, tokenizer)
+    noise = sequences.tokens.where(sequences.attention_mask, torch.tensor(99))
+    other = Rollout(**{**vars(sequences), "tokens": noise})
+    assert torch.equal(reward(other), reward(sequences))
+
+
+@pytest.mark.parametrize("response", [[11, 0, 12], [11, 12, 0]], ids=["in the middle", "at the end"])
+def test_a_padding_id_that_the_policy_sampled_is_a_token_like_others(
+    response: list[int], rollout: Callable[..., Rollout], classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    network = classifier()
+    found = ModelReward(network, tokenizer, tokenizer)(rollout([[5, 9], [7]], [response, [20, 21]]))
+    with torch.no_grad():
+        hidden = network.model(torch.tensor([[5, 9, *response]])).last_hidden_state[0, -1]
+        torch.testing.assert_close(found[:1], network.score(hidden), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_tokenizers_that_are_other_objects_share_tokens_and_retokenising_agrees(
+    kind: str, sequences: Rollout, classifier: Callable[..., Any], make_tokenizer: Callable[..., Any], tokenizer: Any
+) -> None:
+    network = classifier(kind)
+    copy = make_tokenizer(pad_token="<pad>", eos_token="<eos>")
+    shared, anew = (ModelReward(network, copy, tokenizer) for _ in range(2))
+    assert shared.shares_tokens
+    anew.shares_tokens = False
+    torch.testing.assert_close(anew(sequences), shared(sequences), rtol=1e-4, atol=1e-4)
+
+
+def test_another_end_token_is_another_tokenizer(make_tokenizer: Callable[..., Any], tokenizer: Any) -> None:
+    from rlhf_lightning.rollout.reward import same_tokenizer
+
+    assert same_tokenizer(tokenizer, make_tokenizer(pad_token="<pad>", eos_token="<eos>"))
+    assert not same_tokenizer(tokenizer, make_tokenizer(pad_token="<pad>", eos_token="<pad>"))
+
+
+def word_tokenizer() -> Any:
+    """Whole words and their spaces, end 3, pad 4."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"yes": 0, "no": 1, " ": 2, "</s>": 3, "[P]": 4, "?": 5}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" "), behavior="isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="[P]")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reward_model_with_another_tokenizer_reads_the_text_in_its_own_tokens(
+    kind: str, rollout: Callable[..., Rollout], classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    network = classifier(kind, vocab_size=6, pad_token_id=4, eos_token_id=3)
+    prompts = [tokenizer("yes ").input_ids, tokenizer("no yes ").input_ids]
+    responses = [[*tokenizer("no").input_ids, 1], tokenizer("yes no yes").input_ids]
+    found = ModelReward(network, word_tokenizer(), tokenizer)(rollout(prompts, responses))
+    # The first response has ended, so the reward model reads its own end token behind it.
+    expected = logits_one_by_one(network, [[0, 2, 1, 3], [1, 2, 0, 2, 0, 2, 1, 2, 0]])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_text_after_the_end_token_cannot_change_a_score(
+    sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    # `generate` turns what follows the end into padding; the mask alone must be enough for the reward.
+    later = sequences.tokens.clone()
+    later[0, -4:] = torch.tensor([33, 1, 44, 55])
+    other = Rollout(**{**vars(sequences), "tokens": later})
+    reward = ModelReward(classifier(), tokenizer, tokenizer)
+    assert torch.equal(reward(other), reward(sequences))
+
+
+def test_a_conversation_is_read_in_the_reward_models_own_chat_template(
+    rollout: Callable[..., Rollout], classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    own = word_tokenizer()
+    own.chat_template = "{% for m in messages %}no {{ m['content'] }} {% endfor %}"
+    network = classifier(vocab_size=6, pad_token_id=4, eos_token_id=3)
+    made = rollout([tokenizer("anything").input_ids], [[*tokenizer("yes").input_ids, 1]])
+    conversation = Rollout(**{**vars(made), "prompts": [[{"role": "user", "content": "yes"}]]})
+    expected = logits_one_by_one(network, [[1, 2, 0, 2, 0, 3]])
+    torch.testing.assert_close(ModelReward(network, own, tokenizer)(conversation), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pad_token_id", [None, 77])
+def test_the_padding_of_the_tokenizer_is_used_whatever_the_network_believes(
+    pad_token_id: int | None, sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    expected = ModelReward(classifier(), tokenizer, tokenizer)(sequences)
+    found = ModelReward(classifier(pad_token_id=pad_token_id), tokenizer, tokenizer)(sequences)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reward_model_is_frozen(sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any) -> None:
+    reward = ModelReward(classifier().train(), tokenizer, tokenizer)
+    assert not reward.reward_model.training
+    assert not any(p.requires_grad for p in reward.parameters())
+    assert not reward(sequences).requires_grad
+
+
+def test_left_alignment_keeps_the_order_of_the_real_tokens() -> None:
+    tokens = torch.tensor([[0, 0, 5, 6, 0, 0], [7, 0, 8, 9, 4, 3]])
+    mask = torch.tensor([[0, 0, 1, 1, 0, 0], [1, 0, 1, 1, 1, 0]]).bool()
+    aligned, aligned_mask = left_aligned(tokens, mask)
+    assert aligned[0, :2].tolist() == [5, 6]
+    assert aligned[1, :4].tolist() == [7, 8, 9, 4]
+    assert aligned_mask.sum(dim=1).tolist() == [2, 4]
+    assert aligned_mask.int().diff(dim=1).max() <= 0
+
+
+# What a setting stands for ---------------------------------------------------
+
+FILE = "def longer(prompts, responses):\n    return [float(len(r)) for r in responses]\n\nnumber = 3\n"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "my_rewards.py"
+    path.write_text(FILE)
+    return path
+
+
+def lengths(sequences: Rollout) -> list[float]:
+    return [float(len(text)) for text in sequences.responses]
+
+
+def test_a_function_in_a_file_is_named_with_a_colon(file: Path, sequences: Rollout, tokenizer: Any) -> None:
+    assert load_reward(f"{file}:longer", tokenizer)(sequences).tolist() == lengths(sequences)
+
+
+def test_a_function_in_a_package_is_named_with_a_colon(
+    tmp_path: Path, sequences: Rollout, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "some_package_of_a_user"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "inner.py").write_text(FILE)
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = load_reward("some_package_of_a_user.inner:longer", tokenizer)
+    assert reward(sequences).tolist() == lengths(sequences)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("{folder}/missing.py:longer", "cannot be imported: no file .*missing.py"),
+        ("no_such_package.inner:longer", "cannot be imported: No module named 'no_such_package'"),
+        ("{folder}/my_rewards.py:shorter", "names 'shorter', which .*my_rewards.py does not define"),
+        ("math:shorter", "names 'shorter', which math does not define"),
+        ("{folder}/my_rewards.py:number", "number"),
+    ],
+)
+@pytest.mark.usefixtures("file")
+def test_a_name_that_leads_to_no_function_is_an_input_error(
+    name: str, message: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        load_reward(name.format(folder=tmp_path), tokenizer)
+    assert "reward=" in str(error.value)
+
+
+def test_a_folder_is_a_reward_model_with_its_own_tokenizer(
+    tmp_path: Path, sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    network = classifier()
+    save_pretrained(network, tokenizer, tmp_path)
+    expected = ModelReward(network, tokenizer, tokenizer)(sequences)
+    for setting in (tmp_path, str(tmp_path), NetworkConfig(str(tmp_path))):
+        reward = load_reward(setting, tokenizer)
+        assert isinstance(reward, ModelReward)
+        assert reward.shares_tokens
+        torch.testing.assert_close(reward(sequences), expected)
+
+
+def test_a_folder_that_does_not_exist_is_an_input_error(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="missing"):
+        load_reward(str(tmp_path / "missing"), tokenizer)
+
+
+def test_a_reward_stays_itself_and_a_callable_becomes_one(sequences: Rollout, tokenizer: Any) -> None:
+    class Constant(Reward):
+        def forward(self, rollout: Rollout) -> torch.Tensor:
+            return torch.ones(len(rollout))
+
+    reward = Constant()
+    assert load_reward(reward, tokenizer) is reward
+    made = load_reward(lambda prompts, responses: [2.0] * len(responses), tokenizer)
+    assert made(sequences).tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_held_classifier_reads_the_policys_tokens_unless_told_otherwise(
+    classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    own = load_reward(classifier(), tokenizer)
+    assert isinstance(own, ModelReward)
+    assert own.shares_tokens
+    other = load_reward(classifier(vocab_size=6), tokenizer, tokenizer=word_tokenizer())
+    assert isinstance(other, ModelReward)
+    assert not other.shares_tokens
+
+
+def test_a_network_that_is_no_classifier_with_one_label_is_refused(
+    policy: Callable[..., Any], classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    for network in (policy(), classifier(num_labels=2)):
+        with pytest.raises(InputError, match="one label"):
+            load_reward(network, tokenizer)
+
+
+def test_what_is_no_reward_is_refused_by_its_type(tokenizer: Any) -> None:
+    setting: Any = 3
+    with pytest.raises(InputError, match="found int"):
+        load_reward(setting, tokenizer)
