@@ -1,9 +1,9 @@
 """`rlhf evaluate`: policies on held-out prompts, a reward model on held-out comparisons."""
 
 import json
-import math
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
@@ -17,8 +17,6 @@ from rlhf_lightning.errors import InputError
 if TYPE_CHECKING:
     from rlhf_lightning.data.reading import Row
     from rlhf_lightning.evaluation.policies import Answers
-    from rlhf_lightning.modules import RewardModule
-    from rlhf_lightning.types import ComparisonBatch
 
 ROOT_KEYS = [
     "seed",
@@ -72,6 +70,8 @@ def metric_of(settings: Config) -> str:
 def evaluate_policies(settings: Config, policies: dict[str, str], metric: str, folder: Path) -> Config:
     """Return the mean score of each policy with its 95 % interval, and write all responses."""
     from rlhf_lightning.cli.prompts import read_prompts
+    from rlhf_lightning.evaluation.text_metrics import rouge_l
+    from rlhf_lightning.evaluation.win_rate import mean_interval
 
     rows = read_prompts(settings["data"])
     references = references_of(rows) if metric == "rouge_l" else None
@@ -81,7 +81,7 @@ def evaluate_policies(settings: Config, policies: dict[str, str], metric: str, f
         answers = answers_of(model, rows, settings, metric)
         scores = answers.scores if references is None else rouge_l(answers.responses, references)
         assert scores is not None
-        results[name] = {"score": mean_and_interval(scores), "ended": fmean(answers.ended), "prompts": len(rows)}
+        results[name] = {"score": asdict(mean_interval(scores)), "ended": fmean(answers.ended), "prompts": len(rows)}
         for row, response, score in zip(written, answers.responses, scores, strict=True):
             row[name] = {"response": response, "score": score}
     write_rows(folder / "responses.jsonl", written)
@@ -124,49 +124,19 @@ def references_of(rows: "list[Row]") -> list[list[str]]:
     return found
 
 
-def rouge_l(responses: list[str], references: list[list[str]]) -> list[float]:
-    """Return the ROUGE-L F measure of each response with the nearest of its references (Lin 2004), 0 to 1."""
-    from torchmetrics.functional.text import rouge_score
-
-    return [
-        float(rouge_score([response], [texts], rouge_keys="rougeL", accumulate="best")["rougeL_fmeasure"])
-        for response, texts in zip(responses, references, strict=True)
-    ]
-
-
 def reward_accuracy(settings: Config) -> Config:
-    """Return how often the reward model prefers the better response of a pair, ties counted half."""
+    """Return the card of the reward model on held-out comparisons: accuracy, calibration, margins."""
     if not isinstance(settings["reward"], str) or ":" in settings["reward"]:
         raise InputError("reward_data.path measures a reward model: pass reward=FOLDER or a hub name")
     from rlhf_lightning.cli.prompts import comparison_batches
+    from rlhf_lightning.evaluation.evidence import measure_reward
     from rlhf_lightning.modules import RewardModule
     from rlhf_lightning.networks import NetworkConfig
 
     module = RewardModule(NetworkConfig(settings["reward"], dtype=settings["dtype"]))
     module = module.to(device_of(settings)).eval()
     batches = comparison_batches(module.required_tokenizer, settings)
-    found = [margin for batch in batches for margin in margins(module, batch.to(module.device))]
-    wins = [1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in found]
-    return {"accuracy": mean_and_interval(wins), "margin": fmean(found), "pairs": len(found)}
-
-
-def margins(module: "RewardModule", batch: "ComparisonBatch") -> list[float]:
-    """Return how much higher the better response of each pair scores."""
-    import torch
-
-    from rlhf_lightning.functional.losses import ranked_pairs
-
-    with torch.no_grad():
-        scores = module(batch.tokens, batch.attention_mask)
-    winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
-    return [float(margin) for margin in scores[winners] - scores[losers]]
-
-
-def mean_and_interval(values: list[float]) -> Config:
-    """Return the mean with its normal 95 % interval."""
-    mean = fmean(values)
-    half = 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    return measure_reward(module, (batch.to(module.device) for batch in batches)).as_dict()
 
 
 def say(evaluation: Config, folder: Path) -> None:
@@ -181,8 +151,8 @@ def say(evaluation: Config, folder: Path) -> None:
             table.add_row(name, *_columns(result["score"]), f"{result['ended']:.0%}", str(result["prompts"]))
         console.print(table)
     if "reward_model" in evaluation:
-        mean, interval = _columns(evaluation["reward_model"]["accuracy"])
-        console.print(f"reward model: accuracy {mean} ({interval}) on {evaluation['reward_model']['pairs']} pairs")
+        card = evaluation["reward_model"]
+        console.print(f"reward model: accuracy {card['accuracy']:.3f} on {card['pairs']} pairs")
     console.print(f"written to {folder}", soft_wrap=True)
 
 

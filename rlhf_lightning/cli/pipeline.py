@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from rlhf_lightning.cli.build import build
+from rlhf_lightning.cli.build import build, build_all
 from rlhf_lightning.cli.checks import Config, check, plain
 from rlhf_lightning.cli.console import quieten_libraries
 from rlhf_lightning.cli.interrupts import resumable
@@ -91,6 +91,7 @@ class Pipeline:
         self.folder = Path(settings["output_dir"])
         self.records = Records(self.folder / "stages")
         self.done: dict[str, Config] = {}
+        self.evaluated_now = False
 
     def run(self) -> None:
         """Run the stages and write the report."""
@@ -149,6 +150,7 @@ class Pipeline:
             "sampling": self._sampling(),
             "data": self.settings["data"]["ppo"],
         }
+        self.evaluated_now = self.records.read("evaluate") is None
         self._stage("evaluate", settings, self._gather)
 
     def _gather(self) -> Config:
@@ -227,7 +229,21 @@ class Pipeline:
             judge="reward model" if self.settings["world"] is None else "world",
             samples=self.settings["evaluate"]["samples"],
         )
-        say(self.folder, write_report(report, self.folder), report)
+        page = write_report(report, self.folder)
+        if self.evaluated_now:
+            self._track(report)
+        say(self.folder, page, report)
+
+    def _track(self, report: Config) -> None:
+        """Send the report's numbers and figures to the loggers."""
+        from rlhf_lightning.callbacks import log_figures, log_headline
+        from rlhf_lightning.evaluation.report import report_figures
+
+        nodes = stage_settings(self.settings, "report", self.folder)["logger"]
+        loggers = build_all("logger", nodes).values()
+        with closing_loggers(loggers):
+            log_headline(loggers, report)
+            log_figures(loggers, report_figures(report))
 
 
 def train(settings: Config, stage: str, folder: Path, callbacks: "list[Callback]") -> Config:
@@ -242,7 +258,7 @@ def train(settings: Config, stage: str, folder: Path, callbacks: "list[Callback]
     data: LightningDataModule = build(f"data.{stage}", settings["data"])
     history = History()
     trainer = build_trainer(stage_settings(settings, stage, folder), [*callbacks, history])
-    with closing_loggers(trainer):
+    with closing_loggers(trainer.loggers):
         log_settings(trainer, settings)
         trainer.fit(module, datamodule=data)
     return {

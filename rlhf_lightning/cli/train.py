@@ -1,6 +1,6 @@
 """`rlhf train`: one stage with Lightning's Trainer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from rlhf_lightning.errors import InputError
 if TYPE_CHECKING:
     from lightning import LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.callbacks import Callback
-    from lightning.pytorch.loggers import WandbLogger
+    from lightning.pytorch.loggers import Logger, WandbLogger
 
 ROOT_KEYS = [
     "seed",
@@ -46,7 +46,7 @@ def run(config: DictConfig) -> float | None:
     module: LightningModule = build("module", settings["module"])
     data: LightningDataModule = build("data", settings["data"])
     trainer = build_trainer(settings)
-    with closing_loggers(trainer):
+    with closing_loggers(trainer.loggers):
         log_settings(trainer, settings)
         with resumable(lambda: _how_to_go_on(settings)):
             trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
@@ -97,14 +97,14 @@ def log_settings(trainer: "Trainer", settings: Config) -> None:
 
 
 @contextmanager
-def closing_loggers(trainer: "Trainer") -> Iterator[None]:
+def closing_loggers(loggers: "Iterable[Logger]") -> Iterator[None]:
     """End the runs of Weights & Biases with the block: the next job of a sweep would write into an open one."""
     from lightning.pytorch.loggers import WandbLogger
 
     try:
         yield
     finally:
-        if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
+        if any(isinstance(logger, WandbLogger) for logger in loggers):
             import wandb
 
             wandb.finish()

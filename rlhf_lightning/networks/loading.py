@@ -37,7 +37,7 @@ Model = str | Path | NetworkConfig | nn.Module
 
 
 def load_policy(model: Model) -> "PreTrainedModel":
-    """Return the causal language model, ready to train, its embeddings grown to the tokenizer where a token was added.
+    """Return the causal language model, its embeddings grown to the tokenizer where a token was added.
 
     Raises `InputError` where the folder or name holds no causal language model.
     """
@@ -56,8 +56,8 @@ def load_reward_model(
 ) -> "PreTrainedModel":
     """Return a sequence classifier with one label, its scalar head new where ``model`` is a language model.
 
-    A new head is drawn with ``generator``. Raises `InputError` where there is no classifier, and where a ``trained`` one
-    is wanted and the folder has no head.
+    A new head is drawn with ``generator``. Raises `InputError` where there is no classifier, and where a ``trained``
+    one is wanted and the folder has no head.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -72,8 +72,8 @@ def load_reward_model(
     reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if loading["missing_keys"] and trained:
         raise InputError(
-            f"{network.pretrained!r} is no reward model: its weights {sorted(loading['missing_keys'])} are missing, as in "
-            "a language model; train one with RewardModule (`rlhf train module=reward`)"
+            f"{network.pretrained!r} is no reward model: its weights {sorted(loading['missing_keys'])} are missing, as "
+            "in a language model; train one with RewardModule (`rlhf train module=reward`)"
         )
     if loading["missing_keys"]:
         init_scalar_head(scalar_head(reward_model), generator)

@@ -22,15 +22,11 @@ def brute_force(rewards: list[float], values: list[float], gamma: float, lam: fl
     """Equation 16 of Schulman et al. 2016 as it stands there: a weighted sum of all later TD errors."""
     after = [*values[1:], 0.0]
     deltas = [r + gamma * v_next - v for r, v, v_next in zip(rewards, values, after, strict=True)]
-    return [
-        sum((gamma * lam) ** k * delta for k, delta in enumerate(deltas[t:])) for t in range(len(deltas))
-    ]
+    return [sum((gamma * lam) ** k * delta for k, delta in enumerate(deltas[t:])) for t in range(len(deltas))]
 
 
 @given(lengths, fractions, fractions, st.integers(0, 1000))
-def test_advantages_are_the_weighted_sums_of_td_errors(
-    lengths: list[int], gamma: float, lam: float, seed: int
-) -> None:
+def test_advantages_are_the_weighted_sums_of_td_errors(lengths: list[int], gamma: float, lam: float, seed: int) -> None:
     rewards, values, mask = episodes(lengths, seed)
     found = gae(rewards, values, mask, gamma=gamma, lam=lam)
     for row, length in enumerate(lengths):

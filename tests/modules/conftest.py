@@ -85,6 +85,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer(pad_token="<pad>", eos_token="<eos>")
 
 
+@pytest.fixture
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """Another tokenizer object over the same bytes."""
+    return byte_tokenizer
+
+
 class Recorder(Callback):
     """What was logged after every training step."""
 

@@ -100,9 +100,7 @@ def test_token_accuracy_is_1_once_everything_is_learned(
     assert validate(module, [batch(*MANY)])["sft/val_token_accuracy"] == 1.0
 
 
-def test_dropout_is_on_in_training_and_off_in_validation(
-    policy: Callable[..., Any], fit: Callable[..., Any]
-) -> None:
+def test_dropout_is_on_in_training_and_off_in_validation(policy: Callable[..., Any], fit: Callable[..., Any]) -> None:
     class Forwards(Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
             self.training = [module(batch(*FEW))[0].detach() for _ in range(2)]

@@ -134,7 +134,9 @@ def test_micro_batches_yield_every_row_once_and_cut_only_padding(
 
 
 def test_micro_batches_hold_sequences_of_about_equal_length(rollout: Callable[..., Rollout]) -> None:
-    found = [mask.sum(dim=1).tolist() for _, _, mask, _ in micro_batches(rollout(PROMPTS, RESPONSES), micro_batch_size=2)]
+    found = [
+        mask.sum(dim=1).tolist() for _, _, mask, _ in micro_batches(rollout(PROMPTS, RESPONSES), micro_batch_size=2)
+    ]
     assert [length for part in found for length in part] == sorted(len(p) + len(r) for p, r in zip(PROMPTS, RESPONSES))
 
 

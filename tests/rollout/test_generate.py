@@ -160,9 +160,7 @@ def test_sampling_goes_on_only_until_every_row_has_ended(
 ) -> None:
     calls: list[int] = []
     network = policy()
-    network.register_forward_pre_hook(
-        lambda _, __, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    network.register_forward_pre_hook(lambda _, __, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
     everything = list(range(258))
     assert sample(network, prompts(), everything).shape == (3, 1)
     assert calls == [3]
@@ -172,9 +170,7 @@ def test_the_network_runs_on_the_rows_that_have_not_ended(
     policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
 ) -> None:
     network, calls = policy(), []
-    network.register_forward_pre_hook(
-        lambda _, __, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    network.register_forward_pre_hook(lambda _, __, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
     free = sample(network, prompts(), NEVER, temperature=0.0)
     calls.clear()
     stops = seen_in(free, 2)

@@ -42,9 +42,7 @@ def test_log_probabilities_are_those_of_each_sequence_by_itself(
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         logprobs = (network(torch.tensor([prompt + response])).logits[0] / 0.7).log_softmax(-1)
         expected = [logprobs[len(prompt) + i - 1, token].item() for i, token in enumerate(response)]
-        torch.testing.assert_close(
-            scored.logprobs[row, : len(response)], torch.tensor(expected), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(scored.logprobs[row, : len(response)], torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_a_value_reads_the_state_before_its_token() -> None:
@@ -86,9 +84,7 @@ def test_padding_on_either_side_changes_no_number(
     kind: str, left: int, right: int, policy: Callable[..., Any], rollout: Callable[..., Rollout]
 ) -> None:
     network = policy(kind)
-    narrow, wide = (
-        score(rollout(PROMPTS, RESPONSES, left=a, right=b), network) for a, b in ((0, 0), (left, right))
-    )
+    narrow, wide = (score(rollout(PROMPTS, RESPONSES, left=a, right=b), network) for a, b in ((0, 0), (left, right)))
     width = narrow.response_mask.shape[1]
     torch.testing.assert_close(wide.logprobs[:, :width], narrow.logprobs, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(wide.values[:, :width], narrow.values, rtol=1e-4, atol=1e-4)

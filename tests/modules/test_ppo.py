@@ -1,0 +1,671 @@
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.modules import PPOModule
+from rlhf_lightning.modules.ppo import seeded_generator
+from rlhf_lightning.rollout import ModelReward, estimate_advantages
+from rlhf_lightning.rollout.experience import trimmed_micro_batches
+from rlhf_lightning.types import Experience, PromptBatch, ScoredRollout
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
+]
+
+# A third of the vocabulary ends a response, so that responses are of uneven length.
+STOPS = list(range(1, 258, 3))
+Weights = dict[str, Tensor]
+
+
+def share_of_low_bytes(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+    """A reward that differs between responses: the share of the lower half of the bytes."""
+    return [sum(ord(c) < 128 for c in text) / max(1, len(text)) for text in responses]
+
+
+class Watching(PPOModule):
+    """Keeps the gradients, before and after they are clipped, and the learning rates of every update."""
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.raw: list[Weights] = []
+        self.clipped: list[Weights] = []
+        self.rates: list[list[float]] = []
+        self.minibatches: list[Experience] = []
+
+    def _gradients(self) -> Weights:
+        trained = {"policy": self.policy, "critic": self.critic}
+        return {
+            f"{role}.{name}": p.grad.clone()
+            for role, network in trained.items()
+            for name, p in network.named_parameters()
+        }
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.raw.append(self._gradients())
+        super().on_before_optimizer_step(optimizer)
+        self.clipped.append(self._gradients())
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+    def _accumulate_gradients(self, minibatch: Experience) -> dict[str, Tensor]:
+        self.minibatches.append(minibatch)
+        return super()._accumulate_gradients(minibatch)
+
+
+@pytest.fixture
+def make(policy: Callable[..., Any], tokenizer: Any) -> Callable[..., Watching]:
+    """A PPO module around a fresh policy, ``kind`` its architecture."""
+
+    def build(kind: str = "llama", **settings: Any) -> Watching:
+        network = policy(kind)
+        network.generation_config.eos_token_id = STOPS
+        defaults = {
+            "reward": share_of_low_bytes,
+            "tokenizer": tokenizer,
+            "ppo_epochs": 2,
+            "minibatch_size": 3,
+            "micro_batch_size": 2,
+            "learning_rate": 1e-3,
+            "critic_learning_rate": 1e-3,
+            "max_new_tokens": 6,
+        }
+        return Watching(network, **{**defaults, **settings})
+
+    return build
+
+
+def experience_of(module: PPOModule, scored: ScoredRollout) -> Experience:
+    return estimate_advantages(
+        scored,
+        beta=module.beta,
+        gamma=module.gamma,
+        lam=module.lam,
+        missing_eos_penalty=module.missing_eos_penalty,
+        sum_over_ranks=lambda x: x,
+    )
+
+
+def norm(gradients: Weights, role: str) -> float:
+    return torch.cat([g.flatten() for name, g in gradients.items() if name.startswith(role)]).norm().item()
+
+
+def assert_close(found: Weights, expected: Weights, **tolerances: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, **tolerances)
+
+
+def differ(one: Weights, other: Weights) -> bool:
+    return any(not torch.equal(one[name], other[name]) for name in one)
+
+
+# A fresh rollout -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_on_its_own_fresh_rollout_the_ratio_is_1(
+    kind: str, temperature: float, make: Callable[..., Watching], prompts: PromptBatch
+) -> None:
+    module = make(kind, temperature=temperature, micro_batch_size=2)
+    experience = experience_of(module, module.score(module.generate(prompts, 0)))
+    lengths = experience.response_mask.sum(dim=1).tolist()
+    assert len(set(lengths)) > 1
+    # The same sequences together as when they were scored: exact. In other company: up to rounding.
+    for part in trimmed_micro_batches(experience, micro_batch_size=2):
+        found = module.losses(part)
+        assert (found["ratio"][part.response_mask] == 1).all()
+        assert (found["approx_kl"] == 0).all()
+        assert (found["clip_fraction"] == 0).all()
+        assert torch.equal(found["policy_loss"][part.response_mask], -part.advantages[part.response_mask])
+    for part in trimmed_micro_batches(experience, micro_batch_size=6):
+        ratio = module.losses(part)["ratio"][part.response_mask]
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
+
+
+def test_at_the_first_rollout_the_kl_is_exactly_0(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    logged = fit(make(), [prompts], max_epochs=2)
+    assert logged["ppo/kl"][0] == 0.0
+    assert logged["ppo/kl_per_token"][0] == 0.0
+    assert logged["ppo/kl_k3"][0] == 0.0
+    assert logged["ppo/kl"][1] != 0.0
+
+
+def test_with_a_learning_rate_of_0_the_ratio_stays_1_and_no_weight_moves(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any], weights: Callable[..., Weights]
+) -> None:
+    module = make(learning_rate=0.0, critic_learning_rate=0.0, ppo_epochs=3)
+    before = weights(module)
+    logged = fit(module, [prompts], max_epochs=2)
+    assert not differ(weights(module), before)
+    assert max(logged["ppo/approx_kl"]) < 1e-10
+    assert logged["ppo/clip_fraction"] == [0.0, 0.0]
+    assert logged["ppo/ratio"] == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert logged["ppo/kl"] == [0.0, 0.0]
+
+
+def test_dropout_of_the_networks_has_no_part(
+    policy: Callable[..., Any], tokenizer: Any, prompts: PromptBatch
+) -> None:
+    network = policy("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
+    module = PPOModule(network, reward=share_of_low_bytes, tokenizer=tokenizer, max_new_tokens=4)
+    experience = experience_of(module, module.score(module.generate(prompts, 0)))
+    ratio = module.losses(experience)["ratio"]
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
+
+
+def test_the_rollout_depends_on_seed_and_step_alone(make: Callable[..., Watching], prompts: PromptBatch) -> None:
+    first = make(seed=1).generate(prompts, 0).tokens
+    torch.manual_seed(99)
+    assert torch.equal(make(seed=1).generate(prompts, 0).tokens, first)
+    assert not torch.equal(make(seed=2).generate(prompts, 0).tokens, first)
+    assert not torch.equal(make(seed=1).generate(prompts, 1).tokens, first)
+
+
+def test_the_numbers_of_a_seeded_generator_are_mixed() -> None:
+    draws = {
+        torch.randint(2**62, (1,), generator=seeded_generator(*numbers)).item()
+        for numbers in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 0), (0, 0, -1)]
+    }
+    assert len(draws) == 7
+
+
+# The clock -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ppo_epochs", "minibatch_size"), [(1, 6), (2, 3), (3, 2)])
+def test_steps_of_the_trainer_are_rollouts_with_epochs_times_minibatches_updates_each(
+    ppo_epochs: int,
+    minibatch_size: int,
+    make: Callable[..., Watching],
+    prompts: PromptBatch,
+    fit: Callable[..., Any],
+) -> None:
+    module = make(ppo_epochs=ppo_epochs, minibatch_size=minibatch_size)
+    logged = fit(module, [prompts] * 5, max_steps=3)
+    updates = ppo_epochs * 6 // minibatch_size
+    assert module.trainer.global_step == 3
+    assert len(logged.steps) == 3
+    assert logged["ppo/updates"] == [updates, 2 * updates, 3 * updates]
+    assert len(module.raw) == 3 * updates
+    states = module.trainer.optimizers[0].state.values()
+    assert {int(state["step"]) for state in states} == {3 * updates}
+
+
+def test_every_row_of_a_rollout_is_used_once_an_epoch(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    module = make(ppo_epochs=3, minibatch_size=2)
+    fit(module, [prompts], max_steps=1)
+    prompt_rows = sorted(prompts.prompt_tokens.tolist())
+    epochs = [module.minibatches[i : i + 3] for i in (0, 3, 6)]
+    orders = []
+    for epoch in epochs:
+        rows = torch.cat([minibatch.tokens[:, :5] for minibatch in epoch]).tolist()
+        assert sorted(rows) == prompt_rows
+        orders.append(rows)
+    assert orders[0] != orders[1] or orders[1] != orders[2]
+
+
+def test_the_learning_rates_fall_linearly_to_0_over_all_updates(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    module = make(learning_rate=1e-3, critic_learning_rate=4e-3)
+    logged = fit(module, [prompts] * 3, max_steps=3)
+    for update, rates in enumerate(module.rates):
+        assert rates == pytest.approx([1e-3 * (1 - update / 12), 4e-3 * (1 - update / 12)])
+    assert len(module.rates) == 12
+    assert logged["ppo/learning_rate"] == pytest.approx([1e-3 * (1 - u / 12) for u in (3, 7, 11)])
+
+
+# What is learned -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_losses_and_gradients_do_not_depend_on_the_size_of_the_micro_batch(
+    kind: str, make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    found = {}
+    for size in (1, 2, 4, 6):
+        module = make(kind, ppo_epochs=1, minibatch_size=6, micro_batch_size=size)
+        found[size] = (fit(module, [prompts], max_steps=1).steps[0], module.raw[0])
+        lengths = module.scored_rollout.response_mask.sum(dim=1)
+        assert lengths.float().std() > 0.5
+    for size in (1, 2, 4):
+        assert_close(found[size][1], found[6][1], rtol=1e-3, atol=1e-5)
+        assert found[size][0] == pytest.approx(found[6][0], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_gradient_of_the_first_update_is_the_policy_gradient_and_the_value_regression(
+    kind: str, make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    """At ratio 1 nothing is clipped: sequence by sequence, without padding, in plain autograd."""
+    module = make(kind, ppo_epochs=1, minibatch_size=6, value_coef=0.3, temperature=0.8)
+    policy, critic = deepcopy(module.policy), deepcopy(module.critic)
+    fit(module, [prompts], max_steps=1)
+    scored = module.scored_rollout
+    experience = experience_of(module, scored)
+    loss, count = torch.zeros(()), scored.response_mask.sum()
+    for row in range(6):
+        tokens = scored.tokens[row][scored.attention_mask[row]].unsqueeze(0)
+        length = int(scored.response_mask[row].sum())
+        before = slice(tokens.shape[1] - length - 1, tokens.shape[1] - 1)
+        logprobs = (policy(tokens).logits[0, before] / 0.8).log_softmax(-1)
+        chosen = logprobs[torch.arange(length), tokens[0, -length:]]
+        values = critic(tokens, torch.ones_like(tokens).bool())[0, before]
+        loss = loss - (experience.advantages[row, :length] * chosen).sum() / count
+        loss = loss + 0.3 * 0.5 * (values - experience.returns[row, :length]).square().sum() / count
+    loss.backward()
+    networks = {"policy": policy, "critic": critic}
+    expected = {f"{role}.{name}": p.grad for role, n in networks.items() for name, p in n.named_parameters()}
+    assert_close(module.raw[0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_only_policy_and_critic_are_changed(
+    make: Callable[..., Watching],
+    classifier: Callable[..., Any],
+    prompts: PromptBatch,
+    fit: Callable[..., Any],
+    weights: Callable[..., Weights],
+) -> None:
+    module = make(reward=classifier(seed=3))
+    before = weights(module)
+    fit(module, [prompts], max_epochs=2)
+    after = weights(module)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"policy", "critic"}
+    frozen = [*module.reference.parameters(), *module.reward.parameters()]
+    assert all(p.grad is None and not p.requires_grad for p in frozen)
+
+
+def test_every_trained_weight_gets_a_gradient(
+    make: Callable[..., Watching], classifier: Callable[..., Any], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    module = make(reward=classifier())
+    fit(module, [prompts], max_steps=1)
+    assert [name for name, gradient in module.raw[0].items() if not gradient.any()] == []
+
+
+def test_gradients_of_policy_and_critic_are_clipped_each_by_its_own_norm(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    limit = 0.05
+    module = make(max_grad_norm=limit, value_coef=100.0)
+    logged = fit(module, [prompts], max_steps=1)
+    for raw, clipped in zip(module.raw, module.clipped, strict=True):
+        for role in ("policy", "critic"):
+            before = norm(raw, role)
+            assert before > limit
+            assert norm(clipped, role) == pytest.approx(limit, rel=1e-3)
+    means = [sum(norm(raw, role) for raw in module.raw) / len(module.raw) for role in ("policy", "critic")]
+    assert [logged["ppo/policy_grad_norm"][0], logged["ppo/critic_grad_norm"][0]] == pytest.approx(means, rel=1e-3)
+
+
+def test_small_gradients_are_left_alone(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    module = make(max_grad_norm=1e6)
+    fit(module, [prompts], max_steps=1)
+    assert_close(module.clipped[0], module.raw[0])
+
+
+def test_the_critic_comes_from_a_reward_model_that_reads_the_policys_tokens_else_from_the_policy(
+    make: Callable[..., Watching], classifier: Callable[..., Any], make_tokenizer: Callable[..., Any]
+) -> None:
+    reward_model = classifier(seed=5)
+    module = make(reward=reward_model)
+    assert isinstance(module.reward, ModelReward)
+    assert torch.equal(module.critic.backbone.embed_tokens.weight, reward_model.model.embed_tokens.weight)
+    assert torch.equal(module.critic.head.weight, reward_model.score.weight)
+    other = make_tokenizer(pad_token="<eos>", eos_token="<pad>")
+    for settings in ({"reward": share_of_low_bytes}, {"reward": reward_model, "reward_tokenizer": other}):
+        module = make(**settings)
+        assert torch.equal(module.critic.backbone.embed_tokens.weight, module.policy.model.embed_tokens.weight)
+
+
+def test_a_reward_that_can_be_had_is_had(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    module = make(
+        reward=lambda prompts, responses: [float(sum("a" <= c <= "z" for c in text)) for text in responses],
+        learning_rate=1e-2,
+        critic_learning_rate=1e-2,
+        max_new_tokens=8,
+        beta=0.01,
+        minibatch_size=24,
+        micro_batch_size=24,
+    )
+    module.policy.generation_config.eos_token_id = 1
+    batch = prompts.rows(torch.arange(6).repeat(4))
+    scores = fit(module, [batch], max_epochs=25)["ppo/score"]
+    # 26 of 258 tokens are letters: about .8 of 8 at first.
+    assert sum(scores[:3]) / 3 < 2.5
+    assert sum(scores[-3:]) / 3 > 5
+
+
+KNOBS: list[dict[str, Any]] = [
+    {"reward": lambda prompts, responses: [float(len(text)) for text in responses]},
+    {"beta": 1.0},
+    {"gamma": 0.5},
+    {"lam": 0.3},
+    {"clip_range": 0.01},
+    {"value_clip_range": 0.001},
+    {"value_coef": 1.0},
+    {"ppo_epochs": 3},
+    {"minibatch_size": 6},
+    {"learning_rate": 5e-3},
+    {"critic_learning_rate": 5e-3},
+    {"lr_schedule": "constant"},
+    {"warmup_steps": 3},
+    {"max_grad_norm": 1e-4},
+    {"max_new_tokens": 3},
+    {"temperature": 0.5},
+    {"missing_eos_penalty": 5.0},
+    {"seed": 1},
+]
+
+
+@pytest.mark.parametrize("knob", KNOBS, ids=lambda knob: next(iter(knob)))
+def test_every_setting_changes_what_is_learned(
+    knob: dict[str, Any],
+    make: Callable[..., Watching],
+    prompts: PromptBatch,
+    fit: Callable[..., Any],
+    weights: Callable[..., Weights],
+) -> None:
+    rates = {"learning_rate": 1e-2, "critic_learning_rate": 1e-2}
+    default, other = make(**rates), make(**{**rates, **knob})
+    for module in (default, other):
+        fit(module, [prompts], max_epochs=2)
+    assert differ(weights(default), weights(other))
+
+
+def test_the_size_of_the_micro_batch_bounds_the_rows_of_every_training_forward(
+    make: Callable[..., Watching], classifier: Callable[..., Any], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    for size in (1, 3):
+        rows: list[int] = []
+        module = make(micro_batch_size=size, reward=classifier())
+        for network in (module.reference, module.critic.backbone, module.reward.reward_model):
+            network.register_forward_pre_hook(
+                lambda _, __, kwargs, rows=rows: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+            )
+        fit(module, [prompts], max_steps=1)
+        assert max(rows) == size
+
+
+def test_the_same_seed_twice_gives_equal_weights(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any], weights: Callable[..., Weights]
+) -> None:
+    found = []
+    for noise in (0, 1):
+        module = make()
+        torch.manual_seed(noise)  # what else the process draws has no part in it
+        fit(module, [prompts], max_epochs=2)
+        found.append(weights(module))
+    assert not differ(*found)
+
+
+# What is logged --------------------------------------------------------------
+
+
+def test_what_is_logged_of_a_rollout_is_what_the_rollout_says(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    module = make(learning_rate=1e-2, beta=0.3, missing_eos_penalty=2.0)
+    logged = fit(module, [prompts], max_epochs=2).steps[1]
+    scored = module.scored_rollout
+    lengths = scored.response_mask.sum(dim=1).tolist()
+    ratios = [
+        (scored.logprobs - scored.ref_logprobs)[row, :length].double() for row, length in enumerate(lengths)
+    ]
+    kl = sum(float(r.sum()) for r in ratios) / 6
+    missing = sum(not ended for ended in scored.ended.tolist()) / 6
+    assert 0 < missing < 1
+    assert logged["ppo/score"] == pytest.approx(scored.scores.mean().item())
+    assert logged["ppo/kl"] == pytest.approx(kl, rel=1e-4)
+    assert logged["ppo/kl_per_token"] == pytest.approx(kl * 6 / sum(lengths), rel=1e-4)
+    assert logged["ppo/kl_k3"] == pytest.approx(sum(float(((-r).exp() - 1 + r).sum()) for r in ratios) / 6, rel=1e-4)
+    assert logged["ppo/response_length"] == pytest.approx(sum(lengths) / 6)
+    assert logged["ppo/missing_eos"] == pytest.approx(missing)
+    assert logged["ppo/reward"] == pytest.approx(scored.scores.mean().item() - 2.0 * missing - 0.3 * kl, rel=1e-4)
+    experience = experience_of(module, scored)
+    kept = experience.response_mask
+    errors, returns = (experience.returns - experience.old_values)[kept], experience.returns[kept]
+    explained = 1 - errors.var() / returns.var()
+    assert logged["ppo/explained_variance"] == pytest.approx(explained.item(), rel=1e-3)
+
+
+def test_the_entropy_is_the_mean_over_response_tokens(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    module = make(learning_rate=0.0, temperature=0.7, ppo_epochs=1, minibatch_size=6)
+    logged = fit(module, [prompts], max_steps=1)
+    scored, found = module.scored_rollout, []
+    for row in range(6):
+        tokens = scored.tokens[row][scored.attention_mask[row]].unsqueeze(0)
+        length = int(scored.response_mask[row].sum())
+        logits = module.policy(tokens).logits[0, -length - 1 : -1] / 0.7
+        found.append(torch.distributions.Categorical(logits=logits).entropy())
+    assert logged["ppo/entropy"] == pytest.approx([torch.cat(found).mean().item()], rel=1e-4)
+
+
+def test_more_padding_changes_no_logged_number(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    pads = torch.zeros(6, 10)
+    wider = PromptBatch(
+        **{
+            **vars(prompts),
+            "prompt_tokens": torch.cat([pads.long(), prompts.prompt_tokens], dim=1),
+            "prompt_mask": torch.cat([pads.bool(), prompts.prompt_mask], dim=1),
+        }
+    )
+    narrow_logged, wide_logged = (fit(make(), [batch], max_steps=1).steps[0] for batch in (prompts, wider))
+    assert wide_logged == pytest.approx(narrow_logged, rel=1e-3, abs=1e-5)
+
+
+def test_every_number_of_the_contract_is_logged(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    logged = fit(make(), [prompts], max_steps=1, val=[prompts]).steps[0]
+    names = (
+        "score kl kl_per_token reward entropy response_length missing_eos policy_loss value_loss clip_fraction "
+        "value_clip_fraction approx_kl explained_variance learning_rate updates"
+    ).split()
+    assert {f"ppo/{name}" for name in names} <= set(logged)
+
+
+def test_validation_samples_the_same_responses_every_time_and_does_not_disturb_training(
+    make: Callable[..., Watching],
+    prompts: PromptBatch,
+    fit: Callable[..., Any],
+    validate: Callable[..., Any],
+    weights: Callable[..., Weights],
+) -> None:
+    module = make()
+    first, again = (validate(module, [prompts, prompts.rows(torch.tensor([0, 3]))]) for _ in range(2))
+    assert first == again
+    assert first["ppo/val_kl"] == 0.0
+    plain, validated = make(), make()
+    fit(plain, [prompts], max_epochs=2)
+    fit(validated, [prompts], max_epochs=2, val=[prompts])
+    assert not differ(weights(plain), weights(validated))
+
+
+# Checkpoints -----------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_no_frozen_weights_and_a_run_goes_on_from_it_bit_for_bit(
+    tmp_path: Path,
+    make: Callable[..., Watching],
+    classifier: Callable[..., Any],
+    prompts: PromptBatch,
+    fit: Callable[..., Any],
+    weights: Callable[..., Weights],
+) -> None:
+    settings = {"lr_schedule": "constant", "reward": classifier(seed=3)}
+    whole, half, resumed = (make(**settings) for _ in range(3))
+    fit(whole, [prompts], max_epochs=4)
+    fit(half, [prompts], max_epochs=2)
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    state = torch.load(tmp_path / "half.ckpt", weights_only=False)["state_dict"]
+    assert {name.split(".")[0] for name in state} == {"policy", "critic"}
+    fit(resumed, [prompts], max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.trainer.global_step == 4
+    assert not differ(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("role", ["policy", "critic"])
+def test_a_checkpoint_without_a_trained_weight_is_refused(role: str, make: Callable[..., Watching]) -> None:
+    state = make().state_dict()
+    name = next(name for name in state if name.startswith(role))
+    del state[name]
+    with pytest.raises(RuntimeError, match=rf"missing \['{name}'\]"):
+        make().load_state_dict(state)
+
+
+def test_a_checkpoint_with_an_unknown_weight_is_refused(make: Callable[..., Watching]) -> None:
+    with pytest.raises(RuntimeError, match=r"unexpected \['policy\.other'\]"):
+        make().load_state_dict({**make().state_dict(), "policy.other": torch.zeros(1)})
+
+
+def test_the_export_is_the_policy(tmp_path: Path, make: Callable[..., Watching]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    module, tokens = make(), torch.tensor([[5, 9, 7]])
+    module.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(tokens).logits, module.policy(tokens).logits)
+
+
+# What cannot work ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradient_clip_val": 0.5}, r"gradient_clip_val=0\.5.*max_grad_norm=0\.5"),
+        ({"accumulate_grad_batches": 2}, r"accumulate_grad_batches=2.*minibatch_size=.*micro_batch_size="),
+    ],
+)
+def test_settings_of_the_trainer_that_cannot_work_name_those_of_the_module(
+    settings: dict[str, Any],
+    message: str,
+    make: Callable[..., Watching],
+    prompts: PromptBatch,
+    fit: Callable[..., Any],
+) -> None:
+    with pytest.raises(InputError, match=message):
+        fit(make(), [prompts], max_steps=1, **settings)
+
+
+def test_a_minibatch_that_does_not_divide_the_rollout_is_an_input_error(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    with pytest.raises(InputError, match="minibatch_size=4 must divide the rollout of 6 sequences"):
+        fit(make(minibatch_size=4), [prompts], max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"gamma": 1.5}, "gamma=1.5 must lie in"),
+        ({"lam": -0.1}, "lam=-0.1 must lie in"),
+        ({"beta": -1.0}, "beta=-1.0 must not be negative"),
+        ({"ppo_epochs": 0}, "ppo_epochs=0 must be at least 1"),
+        ({"minibatch_size": 0}, "minibatch_size=0 must be at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_named_with_its_rule(
+    setting: dict[str, Any], message: str, make: Callable[..., Watching]
+) -> None:
+    with pytest.raises(InputError, match=message):
+        make(**setting)
+
+
+def test_a_rollout_longer_than_the_policys_positions_is_an_input_error(
+    make: Callable[..., Watching], prompts: PromptBatch
+) -> None:
+    assert make("gpt2", max_new_tokens=59).generate(prompts.rows(torch.tensor([0])), 0) is not None
+    with pytest.raises(InputError, match=r"a prompt of 5 tokens and max_new_tokens=60 need 65 positions.* has 64"):
+        make("gpt2", max_new_tokens=60).generate(prompts, 0)
+
+
+# Several processes -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_two_processes_have_the_gradient_and_metrics_of_one_with_both_rollouts(
+    micro_batch_size: int,
+    tmp_path: Path,
+    make: Callable[..., Watching],
+    prompts: PromptBatch,
+    trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+) -> None:
+    sampled = make()
+    both = experience_of(sampled, sampled.score(sampled.generate(prompts, 0)))
+    by_length = both.response_mask.sum(dim=1).argsort()
+    # The short responses on one process and the long ones on the other: uneven numbers of tokens.
+    parts = {1: [both], 2: [both.rows(by_length[:3]), both.rows(by_length[3:])]}
+    assert parts[2][0].response_mask.sum() != parts[2][1].response_mask.sum()
+
+    class Fixed(Watching):
+        def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+            size, rank = self.trainer.world_size, self.global_rank
+            metrics = self._accumulate_gradients(parts[size][rank])
+            self.optimizers().step()
+            drawn = self.generate(batch, 0).tokens
+            found = {"gradients": self.raw[0], "metrics": metrics, "weights": self.state_dict(), "drawn": drawn}
+            torch.save(found, tmp_path / f"{size}-{rank}.pt")
+
+    for settings in ({}, {"strategy": "ddp_fork", "devices": 2}):
+        module = make(micro_batch_size=micro_batch_size)
+        module.__class__ = Fixed
+        trainer(max_steps=1, **settings).fit(module, make_loader([prompts]))
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert_close(first["gradients"], one["gradients"], rtol=1e-3, atol=1e-5)
+    assert_close(first["gradients"], second["gradients"], rtol=0, atol=0)
+    assert_close(first["metrics"], one["metrics"], rtol=1e-4, atol=1e-5)
+    assert not differ(first["weights"], second["weights"])
+    assert torch.equal(first["drawn"], one["drawn"])
+    assert not torch.equal(first["drawn"], second["drawn"])
+
+
+def test_two_processes_train_one_policy_and_log_means_over_both(
+    tmp_path: Path,
+    make: Callable[..., Watching],
+    prompts: PromptBatch,
+    trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+) -> None:
+    class Saving(Watching):
+        def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+            super().training_step(batch, batch_idx)
+            logged = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+            found = {"weights": self.state_dict(), "logged": logged, "scores": self.scored_rollout.scores}
+            torch.save(found, tmp_path / f"{self.global_rank}.pt")
+
+    module = make()
+    module.__class__ = Saving
+    trainer(max_steps=2, strategy="ddp_fork", devices=2).fit(module, make_loader([prompts] * 2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert not differ(first["weights"], second["weights"])
+    assert differ(first["weights"], make().state_dict())
+    assert first["logged"] == pytest.approx(second["logged"])
+    expected = torch.cat([first["scores"], second["scores"]]).mean().item()
+    assert first["logged"]["ppo/score"] == pytest.approx(expected)
