@@ -1,4 +1,4 @@
-"""Tiny networks with rotary (Llama) and absolute (GPT-2) positions, a tokenizer of one token per byte, and a small Trainer."""
+"""Tiny networks with rotary (Llama) and absolute (GPT-2) positions, a tokenizer of bytes, and a small Trainer."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -20,8 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
 ]
 
-# A third of the vocabulary ends a response, so that responses are of uneven length.
-STOPS = list(range(1, 258, 3))
+# A fifth of the vocabulary ends a response, so that responses are of uneven length, and some do not end.
+STOPS = list(range(1, 258, 5))
 Weights = dict[str, Tensor]
 
 
@@ -130,14 +130,23 @@ def test_on_its_own_fresh_rollout_the_ratio_is_1(
         torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
 
 
-def test_at_the_first_rollout_the_kl_is_exactly_0(
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_kl_to_a_reference_that_is_still_equal_is_exactly_0_in_every_rollout(
+    kind: str, make: Callable[..., Watching], prompts: PromptBatch
+) -> None:
+    module = make(kind)
+    for draw in range(8):
+        scored = module.score(module.generate(prompts, draw))
+        assert torch.equal(scored.logprobs, scored.ref_logprobs)
+
+
+def test_the_first_rollout_logs_a_kl_of_0_and_the_next_one_does_not(
     make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
 ) -> None:
     logged = fit(make(), [prompts], max_epochs=2)
-    assert logged["ppo/kl"][0] == 0.0
-    assert logged["ppo/kl_per_token"][0] == 0.0
-    assert logged["ppo/kl_k3"][0] == 0.0
-    assert logged["ppo/kl"][1] != 0.0
+    for name in ("ppo/kl", "ppo/kl_per_token", "ppo/kl_k3"):
+        assert logged[name][0] == pytest.approx(0.0, abs=1e-5)
+    assert abs(logged["ppo/kl"][1]) > 1e-3
 
 
 def test_with_a_learning_rate_of_0_the_ratio_stays_1_and_no_weight_moves(
@@ -150,12 +159,10 @@ def test_with_a_learning_rate_of_0_the_ratio_stays_1_and_no_weight_moves(
     assert max(logged["ppo/approx_kl"]) < 1e-10
     assert logged["ppo/clip_fraction"] == [0.0, 0.0]
     assert logged["ppo/ratio"] == pytest.approx([1.0, 1.0], abs=1e-5)
-    assert logged["ppo/kl"] == [0.0, 0.0]
+    assert logged["ppo/kl"] == pytest.approx([0.0, 0.0], abs=1e-5)
 
 
-def test_dropout_of_the_networks_has_no_part(
-    policy: Callable[..., Any], tokenizer: Any, prompts: PromptBatch
-) -> None:
+def test_dropout_of_the_networks_has_no_part(policy: Callable[..., Any], tokenizer: Any, prompts: PromptBatch) -> None:
     network = policy("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
     module = PPOModule(network, reward=share_of_low_bytes, tokenizer=tokenizer, max_new_tokens=4)
     experience = experience_of(module, module.score(module.generate(prompts, 0)))
@@ -342,15 +349,17 @@ def test_a_reward_that_can_be_had_is_had(
         critic_learning_rate=1e-2,
         max_new_tokens=8,
         beta=0.01,
+        ppo_epochs=4,
         minibatch_size=24,
         micro_batch_size=24,
+        lr_schedule="constant",
     )
     module.policy.generation_config.eos_token_id = 1
-    batch = prompts.rows(torch.arange(6).repeat(4))
-    scores = fit(module, [batch], max_epochs=25)["ppo/score"]
-    # 26 of 258 tokens are letters: about .8 of 8 at first.
-    assert sum(scores[:3]) / 3 < 2.5
-    assert sum(scores[-3:]) / 3 > 5
+    batch = prompts.rows(torch.arange(6).repeat(8))
+    scores = fit(module, [batch], max_epochs=20)["ppo/score"]
+    # A tenth of the tokens are letters, and eight are the most that can be had.
+    assert scores[0] < 3
+    assert sum(scores[-3:]) / 3 > 6
 
 
 KNOBS: list[dict[str, Any]] = [
@@ -426,9 +435,7 @@ def test_what_is_logged_of_a_rollout_is_what_the_rollout_says(
     logged = fit(module, [prompts], max_epochs=2).steps[1]
     scored = module.scored_rollout
     lengths = scored.response_mask.sum(dim=1).tolist()
-    ratios = [
-        (scored.logprobs - scored.ref_logprobs)[row, :length].double() for row, length in enumerate(lengths)
-    ]
+    ratios = [(scored.logprobs - scored.ref_logprobs)[row, :length].double() for row, length in enumerate(lengths)]
     kl = sum(float(r.sum()) for r in ratios) / 6
     missing = sum(not ended for ended in scored.ended.tolist()) / 6
     assert 0 < missing < 1
@@ -479,10 +486,11 @@ def test_every_number_of_the_contract_is_logged(
     make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
 ) -> None:
     logged = fit(make(), [prompts], max_steps=1, val=[prompts]).steps[0]
-    names = (
-        "score kl kl_per_token reward entropy response_length missing_eos policy_loss value_loss clip_fraction "
-        "value_clip_fraction approx_kl explained_variance learning_rate updates"
-    ).split()
+    names = [
+        *("score", "kl", "kl_per_token", "reward", "entropy", "response_length", "missing_eos", "policy_loss"),
+        *("value_loss", "clip_fraction", "value_clip_fraction", "approx_kl", "explained_variance"),
+        *("learning_rate", "updates"),
+    ]
     assert {f"ppo/{name}" for name in names} <= set(logged)
 
 
@@ -496,7 +504,7 @@ def test_validation_samples_the_same_responses_every_time_and_does_not_disturb_t
     module = make()
     first, again = (validate(module, [prompts, prompts.rows(torch.tensor([0, 3]))]) for _ in range(2))
     assert first == again
-    assert first["ppo/val_kl"] == 0.0
+    assert first["ppo/val_kl"] == pytest.approx(0.0, abs=1e-5)
     plain, validated = make(), make()
     fit(plain, [prompts], max_epochs=2)
     fit(validated, [prompts], max_epochs=2, val=[prompts])

@@ -137,7 +137,8 @@ def test_micro_batches_hold_sequences_of_about_equal_length(rollout: Callable[..
     found = [
         mask.sum(dim=1).tolist() for _, _, mask, _ in micro_batches(rollout(PROMPTS, RESPONSES), micro_batch_size=2)
     ]
-    assert [length for part in found for length in part] == sorted(len(p) + len(r) for p, r in zip(PROMPTS, RESPONSES))
+    expected = sorted(len(p) + len(r) for p, r in zip(PROMPTS, RESPONSES, strict=True))
+    assert [length for part in found for length in part] == expected
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
