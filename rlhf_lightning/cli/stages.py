@@ -73,7 +73,7 @@ def _check_same(records: Records, stage: str, stored: Config, settings: Config) 
     before, now = flat(stored), flat(settings)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
-        lines = "\n".join(f"  {key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
+        lines = "\n".join(f"  {key}: was {before.get(key)!r}, is now {now.get(key)!r}" for key in changed)
         raise InputError(
             f"{records.path(stage)}: this stage was completed with other settings\n{lines}\n"
             f"choose another output_dir, or delete {records.folder} to run all stages again"

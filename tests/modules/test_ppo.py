@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import PPOModule
 from rlhf_lightning.modules.ppo import seeded_generator
+from rlhf_lightning.networks import save_pretrained
 from rlhf_lightning.rollout import ModelReward, estimate_advantages
 from rlhf_lightning.rollout.experience import trimmed_micro_batches
 from rlhf_lightning.types import Experience, PromptBatch, ScoredRollout
@@ -223,6 +224,15 @@ def test_every_row_of_a_rollout_is_used_once_an_epoch(
     assert orders[0] != orders[1] or orders[1] != orders[2]
 
 
+def test_minibatches_are_drawn_anew_for_every_rollout(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    module = make(ppo_epochs=1, minibatch_size=1)
+    fit(module, [prompts], max_epochs=4)
+    order = [tuple(minibatch.tokens[0, :5].tolist()) for minibatch in module.minibatches]
+    assert len({tuple(order[i : i + 6]) for i in (0, 6, 12, 18)}) > 1
+
+
 def test_the_learning_rates_fall_linearly_to_0_over_all_updates(
     make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
 ) -> None:
@@ -293,6 +303,35 @@ def test_only_policy_and_critic_are_changed(
     assert changed == {"policy", "critic"}
     frozen = [*module.reference.parameters(), *module.reward.parameters()]
     assert all(p.grad is None and not p.requires_grad for p in frozen)
+
+
+def test_a_policy_that_came_frozen_is_trained(
+    policy: Callable[..., Any], tokenizer: Any, prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    network = policy().requires_grad_(False)
+    module = PPOModule(
+        network, reward=share_of_low_bytes, tokenizer=tokenizer, minibatch_size=6, max_new_tokens=4, learning_rate=1e-2
+    )
+    before = network.lm_head.weight.clone()
+    fit(module, [prompts], max_steps=1)
+    assert not torch.equal(network.lm_head.weight, before)
+
+
+def test_every_update_starts_from_gradients_of_0(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    # Nothing moves and the minibatch is the whole rollout: all updates have the same gradient.
+    module = make(learning_rate=0.0, critic_learning_rate=0.0, ppo_epochs=3, minibatch_size=6)
+    fit(module, [prompts], max_steps=1)
+    assert_close(module.raw[1], module.raw[0], rtol=1e-3, atol=1e-5)
+    assert_close(module.raw[2], module.raw[0], rtol=1e-3, atol=1e-5)
+
+
+def test_the_optimizer_is_adam_without_weight_decay_and_with_the_eps_of_huang_et_al(
+    make: Callable[..., Watching],
+) -> None:
+    settings = make().configure_optimizers().defaults
+    assert (settings["eps"], settings["weight_decay"]) == (1e-5, 0.0)
 
 
 def test_every_trained_weight_gets_a_gradient(
@@ -514,24 +553,41 @@ def test_validation_samples_the_same_responses_every_time_and_does_not_disturb_t
 # Checkpoints -----------------------------------------------------------------
 
 
-def test_a_checkpoint_holds_no_frozen_weights_and_a_run_goes_on_from_it_bit_for_bit(
+REWARDS = ["function", "held classifier", "folder"]
+
+
+@pytest.fixture
+def rewards(tmp_path: Path, classifier: Callable[..., Any], tokenizer: Any) -> dict[str, Any]:
+    """One of each kind of reward."""
+    save_pretrained(classifier(seed=3), tokenizer, tmp_path / "reward")
+    return dict(zip(REWARDS, (share_of_low_bytes, classifier(seed=3), tmp_path / "reward"), strict=True))
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+def test_a_checkpoint_holds_policy_and_critic_and_no_frozen_weights(
+    reward: str, rewards: dict[str, Any], make: Callable[..., Watching]
+) -> None:
+    assert {name.split(".")[0] for name in make(reward=rewards[reward]).state_dict()} == {"policy", "critic"}
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(
+    reward: str,
+    rewards: dict[str, Any],
     tmp_path: Path,
     make: Callable[..., Watching],
-    classifier: Callable[..., Any],
     prompts: PromptBatch,
     fit: Callable[..., Any],
     weights: Callable[..., Weights],
 ) -> None:
-    settings = {"lr_schedule": "constant", "reward": classifier(seed=3)}
-    whole, half, resumed = (make(**settings) for _ in range(3))
+    whole, half, resumed = (make(lr_schedule="constant", reward=rewards[reward]) for _ in range(3))
     fit(whole, [prompts], max_epochs=4)
     fit(half, [prompts], max_epochs=2)
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
-    state = torch.load(tmp_path / "half.ckpt", weights_only=False)["state_dict"]
-    assert {name.split(".")[0] for name in state} == {"policy", "critic"}
     fit(resumed, [prompts], max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
     assert resumed.trainer.global_step == 4
     assert not differ(weights(resumed), weights(whole))
+    assert differ(weights(whole), weights(half))
 
 
 @pytest.mark.parametrize("role", ["policy", "critic"])
@@ -654,7 +710,7 @@ def test_two_processes_have_the_gradient_and_metrics_of_one_with_both_rollouts(
     assert not torch.equal(first["drawn"], second["drawn"])
 
 
-def test_two_processes_train_one_policy_and_log_means_over_both(
+def test_two_processes_train_one_policy_on_one_scale_of_advantages_and_log_means_over_both(
     tmp_path: Path,
     make: Callable[..., Watching],
     prompts: PromptBatch,
@@ -662,10 +718,19 @@ def test_two_processes_train_one_policy_and_log_means_over_both(
     make_loader: Callable[..., Any],
 ) -> None:
     class Saving(Watching):
+        def update(self, experience: Experience) -> dict[str, Tensor]:
+            self.advantages = experience.advantages[experience.response_mask]
+            return super().update(experience)
+
         def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
             super().training_step(batch, batch_idx)
             logged = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-            found = {"weights": self.state_dict(), "logged": logged, "scores": self.scored_rollout.scores}
+            found = {
+                "weights": self.state_dict(),
+                "logged": logged,
+                "scores": self.scored_rollout.scores,
+                "advantages": self.advantages,
+            }
             torch.save(found, tmp_path / f"{self.global_rank}.pt")
 
     module = make()
@@ -677,3 +742,7 @@ def test_two_processes_train_one_policy_and_log_means_over_both(
     assert first["logged"] == pytest.approx(second["logged"])
     expected = torch.cat([first["scores"], second["scores"]]).mean().item()
     assert first["logged"]["ppo/score"] == pytest.approx(expected)
+    advantages = torch.cat([first["advantages"], second["advantages"]])
+    assert advantages.mean().item() == pytest.approx(0.0, abs=1e-5)
+    assert advantages.var(correction=0).item() == pytest.approx(1.0, abs=1e-4)
+    assert abs(first["advantages"].mean().item()) > 1e-3
