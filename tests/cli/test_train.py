@@ -185,6 +185,8 @@ def test_stopped_run_says_what_is_kept_and_how_to_go_on(
     command = [sys.executable, "-m", "rlhf_lightning.cli.main", "train", f"network.pretrained={tiny_model}"]
     more = ["data.path=rows.jsonl", "output_dir=out", *QUIET, "logger=none", "trainer.max_epochs=100000"]
     every_step = ["callbacks.checkpoint.every_n_train_steps=1"]
+    # A suite that was started in the background ignores SIGINT, and so would the run.
+    signal.signal(signal_, signal.SIG_DFL if signal_ == signal.SIGTERM else signal.default_int_handler)
     with subprocess.Popen(
         [*command, *more, *every_step], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
     ) as process:
