@@ -21,7 +21,7 @@ from rlhf_lightning.errors import InputError
 CONFIG_PATH = "pkg://rlhf_lightning.conf"
 INPUT_ERROR = 2
 
-SOURCES = ("experiment=", "network.pretrained=", "data.")
+SOURCES = re.compile(r"experiment=|network\.pretrained=|data\.\w+\.path=")
 """The overrides that say what the pipeline works on; without any of them it plays the embedded world."""
 
 
@@ -36,7 +36,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     """
     command = [sys.argv[0], verb, *arguments]
     flags, overrides = _split(arguments)
-    if verb == "pipeline" and not any(override.lstrip("+").startswith(SOURCES) for override in overrides):
+    if verb == "pipeline" and not any(SOURCES.match(override) for override in overrides):
         overrides = ["experiment=world", *overrides]
     started = False
 

@@ -129,14 +129,12 @@ def reward_accuracy(settings: Config) -> Config:
     if not isinstance(settings["reward"], str) or ":" in settings["reward"]:
         raise InputError("reward_data.path measures a reward model: pass reward=FOLDER or a hub name")
     from rlhf_lightning.cli.prompts import comparison_batches
-    from rlhf_lightning.evaluation.evidence import measure_reward
-    from rlhf_lightning.modules import RewardModule
+    from rlhf_lightning.evaluation.evidence import load_reward_module, measure_reward
     from rlhf_lightning.networks import NetworkConfig
 
-    module = RewardModule(NetworkConfig(settings["reward"], dtype=settings["dtype"]))
-    module = module.to(device_of(settings)).eval()
+    module = load_reward_module(NetworkConfig(settings["reward"], dtype=settings["dtype"])).to(device_of(settings))
     batches = comparison_batches(module.required_tokenizer, settings)
-    return measure_reward(module, (batch.to(module.device) for batch in batches)).as_dict()
+    return measure_reward(module, batches).as_dict()
 
 
 def say(evaluation: Config, folder: Path) -> None:

@@ -155,8 +155,7 @@ class Pipeline:
 
     def _gather(self) -> Config:
         """Let the judge and the reward compare the policies on held-out prompts, and measure the reward model."""
-        from rlhf_lightning.evaluation.evidence import gather_answers, measure_reward
-        from rlhf_lightning.modules import RewardModule
+        from rlhf_lightning.evaluation.evidence import gather_answers, load_reward_module, measure_reward
 
         found = gather_answers(
             self._policies(),
@@ -167,7 +166,7 @@ class Pipeline:
             **self._sampling(),
         )
         if "reward" in self.settings["module"]:
-            model = RewardModule(self.folder / "reward")
+            model = load_reward_module(self.folder / "reward")
             data = build("data.reward", self.settings["data"]["reward"], tokenizer=model.tokenizer)
             data.setup("validate")
             found["reward_card"] = measure_reward(model, data.val_dataloader()).as_dict()

@@ -1,6 +1,7 @@
 """What the stages bought: the policies' answers to held-out prompts, judged, and the reward model's on comparisons."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,7 +9,8 @@ import torch
 from rlhf_lightning.evaluation.policies import answer, with_responses
 from rlhf_lightning.evaluation.reward_card import RewardCard, reward_card
 from rlhf_lightning.functional.losses import ranked_pairs
-from rlhf_lightning.networks import load_policy, load_tokenizer, max_positions
+from rlhf_lightning.modules import RewardModule
+from rlhf_lightning.networks import NetworkConfig, load_policy, load_tokenizer, max_positions
 from rlhf_lightning.rollout.reward import Reward, load_reward
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, RewardFunction
 
@@ -67,15 +69,21 @@ def gather_answers(
     return found
 
 
+def load_reward_module(model: str | Path | NetworkConfig) -> RewardModule:
+    """Return a trained reward model as the module that scores sequences."""
+    module = RewardModule(model)
+    module.eval()
+    return module
+
+
 @torch.no_grad()
-def measure_reward(
-    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], batches: Iterable[ComparisonBatch]
-) -> RewardCard:
-    """Return the card of a reward model, ``score(tokens, attention_mask)``, on held-out comparisons."""
+def measure_reward(score: RewardModule, batches: Iterable[ComparisonBatch]) -> RewardCard:
+    """Return the card of a reward model on held-out comparisons."""
     margins: list[float] = []
     all_scores: list[float] = []
     lengths: list[float] = []
     for batch in batches:
+        batch = batch.to(score.device)
         scores = score(batch.tokens, batch.attention_mask)
         winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
         margins += (scores[winners] - scores[losers]).tolist()

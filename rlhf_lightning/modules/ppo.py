@@ -108,8 +108,10 @@ class PPOModule(LanguageModule):
         self.temperature = temperature
         self.missing_eos_penalty = missing_eos_penalty
         self.seed = seed
-        self._reward_setting = reward
-        self._reward_tokenizer = reward_tokenizer
+        # In a closure: a network that was given here is registered once, as part of `reward`.
+        self._load_reward = lambda: load_reward(
+            reward, self.required_tokenizer, tokenizer=reward_tokenizer, micro_batch_size=micro_batch_size
+        )
         self.reward: Reward | None = None
         self.critic: Critic | None = None
         self.scored_rollout: ScoredRollout | None = None
@@ -146,12 +148,7 @@ class PPOModule(LanguageModule):
         """Make the reward and the critic, once the policy's tokenizer is known."""
         if self.critic is not None:
             return
-        self.reward = load_reward(
-            self._reward_setting,
-            self.required_tokenizer,
-            tokenizer=self._reward_tokenizer,
-            micro_batch_size=self.micro_batch_size,
-        )
+        self.reward = self._load_reward()
         if isinstance(self.reward, ModelReward) and self.reward.shares_tokens:
             self.critic = Critic.from_reward_model(self.reward.reward_model)
         else:

@@ -46,9 +46,14 @@ def load_policy(model: Model) -> "PreTrainedModel":
     if isinstance(model, nn.Module):
         return cast("PreTrainedModel", model)
     network = network_config(model)
-    policy: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, network)
+    policy, loading = _from_pretrained(AutoModelForCausalLM, network, output_loading_info=True)
+    if loading["missing_keys"]:
+        raise InputError(
+            f"network.pretrained={network.pretrained!r} cannot be loaded as AutoModelForCausalLM: its weights "
+            f"{sorted(loading['missing_keys'])} are missing, as in a reward model"
+        )
     _fit_vocabulary(policy, load_tokenizer(network))
-    return policy
+    return cast("PreTrainedModel", policy)
 
 
 def load_reward_model(
@@ -122,7 +127,7 @@ def _from_pretrained(auto_class: Any, network: NetworkConfig, **settings: Any) -
         return auto_class.from_pretrained(
             network.pretrained, dtype=getattr(torch, network.dtype), revision=network.revision, **settings
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise _not_loadable(network, auto_class.__name__, error) from error
 
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from rlhf_lightning.networks.loading import stop_token_ids
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -15,5 +17,6 @@ def save_pretrained(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", fold
     network.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if network.can_generate():
         network.generation_config.pad_token_id = tokenizer.pad_token_id
+        network.generation_config.eos_token_id = stop_token_ids(network, tokenizer)
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -70,7 +70,10 @@ class ModelReward(Reward):
     ) -> None:
         """Take the classifier and the two tokenizers; ``micro_batch_size`` rows are scored at a time."""
         super().__init__()
-        self.reward_model: Any = reward_model.eval().requires_grad_(False)
+        network: Any = reward_model.eval().requires_grad_(False)
+        self.reward_model = network
+        # The network finds the last token of a sequence by this id.
+        network.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.tokenizer = tokenizer
         self.shares_tokens = same_tokenizer(tokenizer, policy_tokenizer)
         self.micro_batch_size = micro_batch_size
@@ -88,7 +91,8 @@ class ModelReward(Reward):
     def _logits(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
         width = int(mask.sum(dim=1).max())
         tokens = tokens.masked_fill(~mask, self.tokenizer.pad_token_id)[:, :width]
-        logits: Tensor = self.reward_model(input_ids=tokens, attention_mask=mask[:, :width].long()).logits
+        network: Any = self.reward_model
+        logits: Tensor = network(input_ids=tokens, attention_mask=mask[:, :width].long()).logits
         return logits.squeeze(-1).float()
 
     def _sequences(self, rollout: Rollout) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
@@ -167,6 +171,8 @@ def import_function(name: str) -> RewardFunction:
     if attribute not in vars(module):
         raise InputError(f"reward={name!r} names {attribute!r}, which {where} does not define")
     function: Callable[..., Sequence[float]] = vars(module)[attribute]
+    if not callable(function):
+        raise InputError(f"reward={name!r} is not a function but {function!r}")
     return function
 
 

@@ -125,7 +125,7 @@ def test_prompts_that_are_all_too_long_are_an_error(tokenizer: PreTrainedTokeniz
 
 
 def test_a_longest_prompt_can_be_set(tokenizer: PreTrainedTokenizerBase) -> None:
-    data = ready(ROWS, tokenizer=tokenizer, max_prompt_length=9, val_fraction=0)
+    data = ready(ROWS, tokenizer=tokenizer, max_prompt_length=9, val_fraction=0, batch_size=8)
     assert max(map(len, data.train_items)) == 9
 
 
