@@ -70,10 +70,7 @@ class ModelReward(Reward):
     ) -> None:
         """Take the classifier and the two tokenizers; ``micro_batch_size`` rows are scored at a time."""
         super().__init__()
-        network: Any = reward_model.eval().requires_grad_(False)
-        self.reward_model = network
-        # The network finds the last token of a sequence by this id.
-        network.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        self.reward_model = reward_model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.shares_tokens = same_tokenizer(tokenizer, policy_tokenizer)
         self.micro_batch_size = micro_batch_size
@@ -89,9 +86,13 @@ class ModelReward(Reward):
         return scores
 
     def _logits(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
-        width = int(mask.sum(dim=1).max())
-        tokens = tokens.masked_fill(~mask, self.tokenizer.pad_token_id)[:, :width]
         network: Any = self.reward_model
+        last = set(tokens[torch.arange(len(tokens)), mask.sum(dim=1) - 1].tolist())
+        # The network takes the last id that is not this one: it must not be what a sequence really ends with.
+        padding = next(i for i in range(len(last) + 1) if i not in last)
+        network.config.get_text_config().pad_token_id = padding
+        width = int(mask.sum(dim=1).max())
+        tokens = tokens.masked_fill(~mask, padding)[:, :width]
         logits: Tensor = network(input_ids=tokens, attention_mask=mask[:, :width].long()).logits
         return logits.squeeze(-1).float()
 
@@ -112,7 +113,7 @@ class ModelReward(Reward):
             )
         ]
         width = max(len(ids) for ids in sequences)
-        rows = [ids + [self.tokenizer.pad_token_id] * (width - len(ids)) for ids in sequences]
+        rows = [ids + [0] * (width - len(ids)) for ids in sequences]
         lengths = torch.tensor([len(ids) for ids in sequences])
         mask = torch.arange(width) < lengths.unsqueeze(1)
         device = rollout.tokens.device

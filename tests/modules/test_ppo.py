@@ -132,13 +132,15 @@ def test_on_its_own_fresh_rollout_the_ratio_is_1(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_the_kl_to_a_reference_that_is_still_equal_is_exactly_0_in_every_rollout(
+def test_the_kl_to_a_reference_that_is_still_equal_is_0_in_every_rollout(
     kind: str, make: Callable[..., Watching], prompts: PromptBatch
 ) -> None:
     module = make(kind)
     for draw in range(8):
         scored = module.score(module.generate(prompts, draw))
-        assert torch.equal(scored.logprobs, scored.ref_logprobs)
+        assert all(map(torch.equal, module.policy.parameters(), module.reference.parameters()))
+        # Equal weights; a matrix product of the CPU library may still differ in the last bit from call to call.
+        torch.testing.assert_close(scored.logprobs, scored.ref_logprobs, rtol=0.0, atol=1e-6)
 
 
 def test_the_first_rollout_logs_a_kl_of_0_and_the_next_one_does_not(
