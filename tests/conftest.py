@@ -10,7 +10,10 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,3 +47,35 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def wandb_records() -> Callable[[Path], list[Any]]:
+    """A function that returns the records of a finished offline run of Weights & Biases from the run's folder."""
+
+    def read(run_folder: Path) -> list[Any]:
+        import wandb
+        from wandb.proto import wandb_internal_pb2
+
+        # finish() may return before its service has written the file; the end of the service is the end of the writing.
+        wandb.teardown()
+        (file,) = run_folder.glob("*.wandb")
+        return [wandb_internal_pb2.Record.FromString(entry) for entry in log_entries(file.read_bytes())]
+
+    return read
+
+
+def log_entries(data: bytes) -> Iterator[bytes]:
+    """Yield the entries of a log in LevelDB's format: blocks of 32 KiB; checksum, length and kind before each part."""
+    block, header, whole, last = 32768, 7, 1, 4
+    position, entry = 7, b""  # behind W&B's own header of the file
+    while position < len(data):
+        if block - position % block < header:
+            position += block - position % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        position += header + length
+        entry += data[position - length : position]
+        if kind in (whole, last):
+            yield entry
+            entry = b""

@@ -1,6 +1,5 @@
 import json
-import struct
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +12,7 @@ from rlhf_lightning.callbacks.tracking import leaves
 from rlhf_lightning.evaluation.figures import win_rate_figure
 from rlhf_lightning.evaluation.win_rate import Interval
 
-BLOCK = 32768
 ROWS = [(7, "Explain the moon.", "It is far.", 1.25)]
-
-
-def chunks(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """The pieces of a LevelDB log with their types: 1 whole, 2 first, 3 middle, 4 last of a record."""
-    position = 7  # behind W&B's own file header
-    while position < len(data):
-        if BLOCK - position % BLOCK < 7:
-            position += BLOCK - position % BLOCK
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        yield kind, data[position + 7 : position + 7 + length]
-        position += 7 + length
-
-
-def wandb_records(file: Path) -> Iterator[Any]:
-    from wandb.proto import wandb_internal_pb2
-
-    parts = b""
-    for kind, part in chunks(file.read_bytes()):
-        parts += part
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            yield record
-            parts = b""
 
 
 def entries(record: Any) -> dict[str, Any]:
@@ -50,8 +23,6 @@ def entries(record: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An offline run with config, metrics, a table and a figure in it, finished."""
-    import wandb
-
     folder = tmp_path_factory.mktemp("wandb")
     logger = WandbLogger(project="aligned", name="first", save_dir=folder, offline=True, tags=["tiny"])
     logger.log_hyperparams({"seed": 3, "module": {"beta": 0.05}})
@@ -60,16 +31,13 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     log_headline([logger], {"win_rate": {"ppo": {"mean": 0.8}}}, step=8)
     log_figures([logger], {"win_rate": win_rate_figure({"ppo": Interval(0.8, 0.7, 0.9)})}, step=8)
     logger.experiment.finish()
-    # finish() may return before its service has written the file; the end of the service is the end of the writing.
-    wandb.teardown()
     (found,) = (folder / "wandb").glob("offline-run-*")
     return found
 
 
 @pytest.fixture(scope="module")
-def records(run_folder: Path) -> list[Any]:
-    (file,) = run_folder.glob("*.wandb")
-    return list(wandb_records(file))
+def records(run_folder: Path, wandb_records: Callable[[Path], list[Any]]) -> list[Any]:
+    return wandb_records(run_folder)
 
 
 @pytest.fixture(scope="module")

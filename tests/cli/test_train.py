@@ -2,11 +2,10 @@ import csv
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,31 +99,9 @@ def test_sweep_gives_each_job_its_own_directory(tiny_model: Path) -> None:
     assert weights[0] != weights[1]
 
 
-def wandb_records(folder: Path) -> list[Any]:
-    """Return the records of an offline run of Weights & Biases, read back from its file."""
-    from wandb.proto import wandb_internal_pb2
-
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    return [wandb_internal_pb2.Record.FromString(data) for data in log_entries(file.read_bytes())]
-
-
-def log_entries(data: bytes) -> Iterator[bytes]:
-    """Yield the entries of a log in LevelDB's format: blocks of 32 KiB; checksum, length and kind before each part."""
-    block, header, position, entry = 32768, 7, 7, b""
-    whole, last = 1, 4
-    while position < len(data):
-        if block - position % block < header:
-            position += block - position % block
-            continue
-        length, kind = struct.unpack("<HB", data[position + 4 : position + header])
-        position += header + length
-        entry += data[position - length : position]
-        if kind in (whole, last):
-            yield entry
-            entry = b""
-
-
-def test_offline_run_of_wandb_holds_config_metrics_and_samples(tiny_model: Path) -> None:
+def test_offline_run_of_wandb_holds_config_metrics_and_samples(
+    tiny_model: Path, wandb_records: Callable[[Path], list[Any]]
+) -> None:
     arguments = [
         "module=ppo",
         f"network.pretrained={tiny_model}",
@@ -141,13 +118,14 @@ def test_offline_run_of_wandb_holds_config_metrics_and_samples(tiny_model: Path)
         *QUIET,
     ]
     assert run_verb("train", arguments) == 0
-    records = wandb_records(Path("out"))
+    (run,) = Path("out").glob("wandb/offline-run-*")
+    records = wandb_records(run)
     settings = [item for record in records for item in [*record.config.update, *record.run.config.update]]
     config = {item.key: json.loads(item.value_json) for item in settings if not item.key.startswith("_")}
     assert config["module"]["beta"] == 0.125
     logged_names = {item.key or "/".join(item.nested_key) for record in records for item in record.history.item}
     assert {"ppo/score", "ppo/kl", "samples/path"} <= logged_names
-    (table,) = Path("out").glob("wandb/offline-run-*/files/media/table/samples*.table.json")
+    (table,) = run.glob("files/media/table/samples*.table.json")
     columns = json.loads(table.read_text(encoding="utf-8"))["columns"]
     assert {"prompt", "response", "score"} <= set(columns)
 
