@@ -23,11 +23,13 @@ class HuggingFaceExport(Callback):
     """Writes the model to ``dirpath`` when training has ended well: the whole folder or nothing.
 
     It is written beside ``dirpath`` and moved there at once, so that whoever finds the folder finds it complete. After
-    an error or an interrupt nothing is written, and what an earlier run wrote stays.
+    an error or an interrupt nothing is written, and what an earlier run wrote stays. It also stays where a checkpoint
+    was at its end already: a module's own last touch, made when training ends, is not in the checkpoint.
     """
 
     def __init__(self, dirpath: str | Path) -> None:
         self.dirpath = Path(dirpath)
+        self._trained = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise `InputError` before training where the export could not be written after it."""
@@ -39,9 +41,13 @@ class HuggingFaceExport(Callback):
         if trainer.is_global_zero:
             _check_target(self.dirpath)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that there was something to train."""
+        self._trained = True
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder; this hook is not reached by a run that failed or was interrupted."""
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and (self._trained or not self.dirpath.exists()):
             assert isinstance(pl_module, Exportable)
             partial = _beside(self.dirpath, "partial")
             _remove(partial)

@@ -27,6 +27,7 @@ def log_headline(loggers: Iterable[Logger], report: Mapping[str, Any], *, step: 
     numbers = {f"report/{name}": value for name, value in leaves(report).items()}
     for logger in loggers:
         logger.log_metrics(numbers, step=step)
+        logger.save()
 
 
 def leaves(report: Mapping[str, Any], path: str = "") -> dict[str, float]:

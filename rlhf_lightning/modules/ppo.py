@@ -374,7 +374,8 @@ class PPOModule(LanguageModule):
     def _set_learning_rates(self, update: int, updates_per_rollout: int) -> None:
         """Set what the schedule says of this update out of all that the Trainer will make."""
         total = self.trainer.estimated_stepping_batches * updates_per_rollout
-        factor = learning_rate_factor(update, total, schedule=self.lr_schedule, warmup_steps=self.warmup_steps)
+        warmup = self.warmup_steps * updates_per_rollout
+        factor = learning_rate_factor(update, total, schedule=self.lr_schedule, warmup_steps=warmup)
         rates = (self.learning_rate, self.critic_learning_rate)
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor

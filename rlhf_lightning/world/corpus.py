@@ -4,37 +4,30 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf_lightning.world.instructions import Instruction
+from rlhf_lightning.world.instructions import AUDIENCES, Instruction
 from rlhf_lightning.world.topics import TOPICS, Register, Topic, other
 
 LISTS = 0.5
 """Share of the raw texts that are lists of instructions; the others are articles."""
 SAME_TOPIC = 0.5
 """Share of these lists that stay with one topic."""
-TITLED = 0.7
-"""Share of the articles under a title line."""
-MIXED = 0.2
-"""Share of the articles that use both registers."""
-TITLES: dict[Register, tuple[str, ...]] = {
-    "simple": ("All about {topic}", "{topic} for children"),
-    "technical": ("Notes on {topic}", "The science of {topic}"),
-}
+TITLED = 0.5
+"""Share of the articles under a title that says for whom they are written; the others say it below, in brackets."""
+TITLES = ("{topic} for {audience}", "{topic}, told to {audience}")
 
 
 @dataclass(frozen=True)
 class Flaws:
     """How probable it is that a person who answers makes each mistake; several can meet in one demonstration."""
 
-    too_long: float = 0.30
-    """One or two facts more than asked for."""
-    too_short: float = 0.10
-    """One fact less, where more than one was asked for; never together with too many."""
+    too_long: float = 0.65
+    """One or two sentences more than asked for; where nothing is left to tell, they drift to another topic."""
+    too_short: float = 0.05
+    """One sentence less, where more than one was asked for; never together with too many."""
     off_register: float = 0.40
-    """One or more sentences in the register of another audience."""
-    off_topic: float = 0.22
+    """All of it in the register of another audience."""
+    off_topic: float = 0.40
     """A fact of another topic in place of one."""
-    repeated: float = 0.12
-    """One fact told again in place of another, where there are two."""
 
 
 def raw_text(n: int, instructions: Sequence[Instruction], *, seed: int) -> list[dict[str, str]]:
@@ -72,48 +65,45 @@ def _list(instructions: Sequence[Instruction], generator: random.Random) -> str:
 
 
 def _article(topic: Topic, generator: random.Random) -> str:
-    """Return three or four facts of a topic, mostly in one register, mostly under a title."""
-    register: Register = generator.choice(("simple", "technical"))
-    numbers = generator.sample(range(len(topic.simple)), k=generator.randint(3, 4))
-    told = topic.told(register)
-    sentences = [told[number] for number in numbers]
-    if generator.random() < MIXED:
-        _change_register(sentences, numbers, topic.told(other(register)), generator)
+    """Return one to four facts of a topic in the register of an audience, with a title that names both."""
+    audience, register = generator.choice(list(AUDIENCES.items()))
+    sentences = _some(topic.told(register), generator.randint(1, 4), generator)
     paragraph = " ".join(sentences)
-    if generator.random() >= TITLED:
-        return paragraph
-    title = generator.choice(TITLES[register]).format(topic=topic.name)
-    return f"{title[0].upper()}{title[1:]}\n{paragraph}"
+    title = generator.choice(TITLES).format(topic=topic.name, audience=audience)
+    title = f"{title[0].upper()}{title[1:]}"
+    return f"{title}\n{paragraph}" if generator.random() < TITLED else f"{paragraph}\n({title})"
 
 
 def _answer(instruction: Instruction, flaws: Flaws, generator: random.Random) -> str:
-    """Return facts of the topic in random order, changed by each flaw in turn that the writer falls into."""
+    """Return facts of the topic in their order, changed by each flaw that the writer falls into."""
     topic, register = instruction.topic, instruction.register
-    told = topic.told(register)
-    count = _length(instruction.sentences, len(told), flaws, generator)
-    numbers = generator.sample(range(len(told)), k=count)
-    if count > 1 and generator.random() < flaws.repeated:
-        first, second = generator.sample(range(count), k=2)
-        numbers[second] = numbers[first]
-    sentences = [told[number] for number in numbers]
     if generator.random() < flaws.off_register:
-        _change_register(sentences, numbers, topic.told(other(register)), generator)
+        register = other(register)
+    told = topic.told(register)
+    count = _length(instruction, flaws, generator)
+    sentences = _some(told, min(count, len(told)), generator)
+    sentences += [_stray(topic, register, generator) for _ in range(count - len(sentences))]
     if generator.random() < flaws.off_topic:
-        stranger = generator.choice([one for one in TOPICS if one != topic])
-        sentences[generator.randrange(count)] = generator.choice(stranger.told(register))
+        sentences[generator.randrange(count)] = _stray(topic, register, generator)
     return " ".join(sentences)
 
 
-def _length(asked: int, known: int, flaws: Flaws, generator: random.Random) -> int:
+def _length(instruction: Instruction, flaws: Flaws, generator: random.Random) -> int:
+    """Return how many sentences a person writes."""
+    least, most = instruction.sentences[0], instruction.sentences[-1]
     drawn = generator.random()
     if drawn < flaws.too_long:
-        return min(asked + generator.randint(1, 2), known)
-    return asked - 1 if asked > 1 and drawn < flaws.too_long + flaws.too_short else asked
+        return most + generator.randint(1, 2)
+    if least > 1 and drawn < flaws.too_long + flaws.too_short:
+        return least - 1
+    return generator.randint(least, most)
 
 
-def _change_register(
-    sentences: list[str], numbers: Sequence[int], told: Sequence[str], generator: random.Random
-) -> None:
-    """Put one or more of the sentences, in place, into the register of ``told``."""
-    for place in generator.sample(range(len(sentences)), k=generator.randint(1, len(sentences))):
-        sentences[place] = told[numbers[place]]
+def _some(told: Sequence[str], count: int, generator: random.Random) -> list[str]:
+    """Return ``count`` of the sentences, in their order."""
+    return [told[number] for number in sorted(generator.sample(range(len(told)), k=count))]
+
+
+def _stray(topic: Topic, register: Register, generator: random.Random) -> str:
+    """Return a fact of another topic."""
+    return generator.choice(generator.choice([one for one in TOPICS if one != topic]).told(register))

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.world.topics import TOPICS, Register, Topic
 
-VERBS = ("Explain", "Describe", "Please explain")
+VERBS = ("Explain", "Describe", "Please explain", "Please describe")
 
 AUDIENCES: Mapping[str, Register] = MappingProxyType(
     {
@@ -18,16 +18,16 @@ AUDIENCES: Mapping[str, Register] = MappingProxyType(
         "a child": "simple",
         "my grandmother": "simple",
         "a beginner": "simple",
+        "my neighbour": "simple",
+        "a tourist": "simple",
+        "my boss": "simple",
         "an expert": "technical",
-        "a scientist": "technical",
-        "an engineer": "technical",
-        "a university student": "technical",
     }
 )
 """Who asks, and the register in which they want to be told."""
 
-LENGTHS: Mapping[str, int] = MappingProxyType({"in one sentence": 1, "in two sentences": 2, "in a few sentences": 3})
-"""How long the answer is to be, in sentences."""
+LENGTHS: Mapping[str, range] = MappingProxyType({"briefly": range(1, 3), "in a few sentences": range(2, 4)})
+"""How long the answer is to be: the numbers of sentences that are right."""
 
 HELD_OUT = 0.12
 """Share of the ways to ask about each topic (audience and length) that are kept for evaluation."""
@@ -53,8 +53,8 @@ class Instruction:
         return AUDIENCES[self.audience]
 
     @property
-    def sentences(self) -> int:
-        """How many sentences are asked for."""
+    def sentences(self) -> range:
+        """How many sentences are right."""
         return LENGTHS[self.length]
 
 

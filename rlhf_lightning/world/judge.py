@@ -14,8 +14,8 @@ from rlhf_lightning.world.topics import facts
 Row = Mapping[str, Any]
 
 FAULT = 0.3
-"""What each sentence that earns nothing costs, and a missing end; one as it was asked for earns 1 / (number asked)."""
-OTHER_REGISTER = 0.4
+"""What each sentence that earns nothing costs, and a missing end; one as it was asked for earns its share of 1."""
+OTHER_REGISTER = 0.6
 """What a sentence in the other register earns in place of 1."""
 
 
@@ -23,8 +23,10 @@ OTHER_REGISTER = 0.4
 class Verdict:
     """What the judge found in a response; all but ``ended`` and ``score`` are numbers of sentences."""
 
-    asked: int
-    """Sentences that the instruction asks for."""
+    least: int
+    """Sentences that the instruction asks for at the least."""
+    most: int
+    """Sentences that it asks for at the most."""
     sentences: int
     """Sentences of the response, the unfinished one at its end among them."""
     true: int
@@ -45,11 +47,12 @@ class Verdict:
         """What the response is worth, in [-1, 1]; 1 is flawless, and an empty response is -1."""
         if self.sentences == 0:
             return -1.0
-        right = min(self.in_register, self.asked)
-        off_register = min(self.distinct - self.in_register, self.asked - right)
+        right = min(self.in_register, self.most)
+        off_register = min(self.distinct - self.in_register, self.most - right)
         # False, of another topic, told before, or beyond what was asked: a sentence that earns nothing is one fault.
         faults = self.sentences - right - off_register + (not self.ended)
-        return max(-1.0, (right + OTHER_REGISTER * off_register) / self.asked - FAULT * faults)
+        earned = right + OTHER_REGISTER * off_register
+        return max(-1.0, earned / max(self.least, right + off_register) - FAULT * faults)
 
 
 class Judge:
@@ -63,13 +66,14 @@ class Judge:
         true = [facts()[sentence] for sentence in sentences if sentence in facts()]
         on_topic = [fact for fact in true if fact.topic == instruction.topic]
         return Verdict(
-            asked=instruction.sentences,
+            least=instruction.sentences[0],
+            most=instruction.sentences[-1],
             sentences=len(sentences),
             true=len(true),
             on_topic=len(on_topic),
             distinct=len({fact.number for fact in on_topic}),
             in_register=len({fact.number for fact in on_topic if fact.register == instruction.register}),
-            extra=max(0, len(sentences) - instruction.sentences),
+            extra=max(0, len(sentences) - instruction.sentences[-1]),
             ended=text.endswith("."),
         )
 

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from rlhf_lightning.callbacks import HuggingFaceExport
@@ -52,24 +53,38 @@ class WithoutExport(LightningModule):
     """Has no folder to write."""
 
 
-def fit(module: LightningModule, dirpath: Path, **settings: Any) -> None:
+def fit(
+    module: LightningModule, dirpath: Path, *, ckpt_path: Path | None = None, also: Any = (), **settings: Any
+) -> None:
     trainer = Trainer(
         max_epochs=1,
         accelerator="cpu",
-        callbacks=[HuggingFaceExport(dirpath)],
+        callbacks=[HuggingFaceExport(dirpath), *also],
         default_root_dir=dirpath.parent,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
-        **settings,
+        **{"enable_checkpointing": False, **settings},
     )
-    trainer.fit(module, DataLoader(range(3)))
+    trainer.fit(module, DataLoader(range(3)), ckpt_path=ckpt_path)
 
 
 def test_the_folder_holds_the_model_as_on_train_end_left_it(tmp_path: Path) -> None:
     fit(Module(), tmp_path / "out" / "model")
     assert (tmp_path / "out" / "model" / "config.json").read_text() == "calibrated 0.512"  # 0.8 ** 3
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty.*")
+def test_a_run_that_was_at_its_end_already_keeps_what_its_end_wrote(tmp_path: Path) -> None:
+    def run(name: str, ckpt_path: Path | None = None) -> None:
+        checkpoints = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, enable_version_counter=False)
+        fit(Module(), tmp_path / name, ckpt_path=ckpt_path, also=[checkpoints], enable_checkpointing=True)
+
+    run("model")
+    run("model", ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert (tmp_path / "model" / "config.json").read_text() == "calibrated 0.512"
+    run("elsewhere", ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert (tmp_path / "elsewhere" / "config.json").read_text() == "trained 0.512"
 
 
 def test_nothing_but_the_folder_is_left(tmp_path: Path) -> None:

@@ -118,3 +118,9 @@ def test_only_single_numbers_of_the_report_are_headlines() -> None:
         "ok": True,
     }
     assert leaves(report) == {"ppo/kl": 4.0, "ppo/score/after": 1.5}
+
+
+def test_the_headline_is_in_the_csv_file(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    log_headline([logger], {"win_rate": {"ppo": {"mean": 0.8}}})
+    assert "report/win_rate/ppo/mean" in (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]

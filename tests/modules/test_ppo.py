@@ -246,6 +246,15 @@ def test_the_learning_rates_fall_linearly_to_0_over_all_updates(
     assert logged["ppo/learning_rate"] == pytest.approx([1e-3 * (1 - u / 12) for u in (3, 7, 11)])
 
 
+def test_the_warm_up_counts_rollouts_not_updates(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    module = make(learning_rate=1e-3, critic_learning_rate=4e-3, warmup_steps=2, lr_schedule="constant")
+    fit(module, [prompts] * 3, max_steps=3)
+    # Of the four updates a rollout, eight are in the first two rollouts.
+    assert [policy for policy, _ in module.rates] == pytest.approx([1e-3 * min(1, (u + 1) / 9) for u in range(12)])
+
+
 # What is learned -------------------------------------------------------------
 
 

@@ -5,11 +5,11 @@ import pytest
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.world.corpus import Flaws, demonstrations, prompts, raw_text
-from rlhf_lightning.world.instructions import parse, split
+from rlhf_lightning.world.instructions import AUDIENCES, parse, split
 from rlhf_lightning.world.judge import Judge, Verdict
 from rlhf_lightning.world.topics import facts
 
-NONE = Flaws(too_long=0, too_short=0, off_register=0, off_topic=0, repeated=0)
+NONE = Flaws(too_long=0, too_short=0, off_register=0, off_topic=0)
 TRAIN, HELD_OUT = split(0)
 RAW = [row["text"] for row in raw_text(2000, TRAIN, seed=0)]
 
@@ -46,17 +46,35 @@ def test_held_out_instructions_never_stand_in_raw_text_or_training_demonstration
     assert not written & held_out
 
 
-def test_an_article_tells_distinct_facts_of_one_topic() -> None:
+def articles() -> list[tuple[str, str, bool]]:
+    """Title, paragraph, and whether the title comes first."""
+    found = []
     for text in RAW:
-        if is_instruction(text.splitlines()[0]):
-            continue
-        told = [facts()[f"{sentence}."] for sentence in text.splitlines()[-1].removesuffix(".").split(". ")]
-        assert len({fact.topic.name for fact in told}) == 1
-        assert len({fact.number for fact in told}) == len(told) in (3, 4)
+        if not is_instruction(text.splitlines()[0]):
+            first, second = text.splitlines()
+            titled = not second.startswith("(")
+            found.append((first, second, True) if titled else (second[1:-1], first, False))
+    return found
+
+
+def test_an_article_tells_distinct_facts_of_its_topic_in_the_register_of_its_audience() -> None:
+    for title, paragraph, _ in articles():
+        told = [facts()[f"{sentence}."] for sentence in paragraph.removesuffix(".").split(". ")]
+        numbers = [fact.number for fact in told]
+        assert numbers == sorted(set(numbers))
+        assert 1 <= len(told) <= 4
+        (audience,) = [audience for audience in AUDIENCES if title.endswith(audience)]
+        assert {(fact.topic.name, fact.register) for fact in told} == {(told[0].topic.name, AUDIENCES[audience])}
+        assert title.lower().startswith(told[0].topic.name.lower())
+
+
+def test_half_of_the_articles_have_their_title_above() -> None:
+    above = [first for _, _, first in articles()]
+    assert sum(above) / len(above) == pytest.approx(0.5, abs=0.05)
 
 
 def test_every_fact_stands_in_raw_text() -> None:
-    written = " ".join(RAW)
+    written = " ".join(row["text"] for row in raw_text(5000, TRAIN, seed=0))
     assert all(sentence in written for sentence in facts())
 
 
@@ -70,9 +88,9 @@ def test_demonstrations_answer_the_instructions_in_their_order() -> None:
     assert [row["prompt"] for row in demonstrations(TRAIN, seed=0)] == [one.text for one in TRAIN]
 
 
-def test_about_a_quarter_of_the_demonstrations_is_flawless_and_the_rest_well_below() -> None:
+def test_few_demonstrations_are_flawless_and_most_well_below() -> None:
     scores = [verdict.score for verdict in verdicts(Flaws())]
-    assert 0.22 <= sum(score == 1 for score in scores) / len(scores) <= 0.33
+    assert 0.08 <= sum(score == 1 for score in scores) / len(scores) <= 0.18
     assert 0.3 <= sum(scores) / len(scores) <= 0.7
 
 
@@ -84,17 +102,15 @@ def test_people_without_flaws_answer_flawlessly() -> None:
     ("flaw", "shows"),
     [
         ("too_long", lambda verdict: verdict.extra > 0),
-        ("too_short", lambda verdict: verdict.sentences < verdict.asked),
+        ("too_short", lambda verdict: verdict.sentences < verdict.least),
         ("off_register", lambda verdict: verdict.in_register < verdict.distinct),
         ("off_topic", lambda verdict: verdict.on_topic < verdict.true),
-        ("repeated", lambda verdict: verdict.distinct < verdict.on_topic),
     ],
 )
 def test_each_flaw_shows_as_itself_and_costs(flaw: str, shows: Callable[[Verdict], bool]) -> None:
-    found = verdicts(Flaws(**{**vars(NONE), flaw: 1.0}))
-    one_sentence_is_enough = flaw in ("too_short", "repeated")
-    for verdict in found:
-        assert shows(verdict) == (verdict.asked > 1 or not one_sentence_is_enough)
+    for verdict in verdicts(Flaws(**{**vars(NONE), flaw: 1.0})):
+        # Where one sentence is enough, nothing can be left out.
+        assert shows(verdict) == (flaw != "too_short" or verdict.least > 1)
         assert (verdict.score == 1) == (not shows(verdict))
 
 

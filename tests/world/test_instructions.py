@@ -23,7 +23,7 @@ def ways(instructions: list[Instruction]) -> set[tuple[str, str, str]]:
 def test_an_instruction_reads_as_a_person_would_write_it() -> None:
     one = Instruction("Explain", TOPICS[0], "a 6 year old", "in a few sentences")
     assert one.text == "Explain the moon landing to a 6 year old in a few sentences."
-    assert (one.register, one.sentences) == ("simple", 3)
+    assert (one.register, list(one.sentences)) == ("simple", [2, 3])
 
 
 def test_everything_can_be_asked_in_every_way_once() -> None:
@@ -41,8 +41,8 @@ def test_parsing_is_the_inverse_of_writing() -> None:
     [
         "",
         "Explain the moon landing to a 6 year old in a few sentences",
-        "Explain Mars to a child in one sentence.",
-        "Explain rain to a child in one sentence. Rain is water that falls from clouds.",
+        "Explain Mars to a child briefly.",
+        "Explain rain to a child briefly. Rain is water that falls from clouds.",
     ],
 )
 def test_other_text_is_refused_and_shown(text: str) -> None:

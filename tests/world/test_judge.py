@@ -18,13 +18,15 @@ from rlhf_lightning.world.judge import (
     temperature_for_agreement,
 )
 
-ONE = "Explain rain to a child in one sentence."
-TWO = "Explain rain to a child in two sentences."
-EXPERT = "Explain rain to an expert in two sentences."
+BRIEFLY = "Explain rain to a child briefly."
+FEW = "Explain rain to a child in a few sentences."
+EXPERT = "Explain rain to an expert in a few sentences."
 FALLS = "Rain is water that falls from clouds."
 GROWS = "Rain helps plants and trees to grow."
 BEGAN = "Most rain began as water in the sea."
 FALLS_TECHNICALLY = "Rain is liquid precipitation from clouds."
+DROPS = "Rain drops grow when tiny drops join together."
+BEGAN_TECHNICALLY = "Most rain originates from evaporation of ocean water."
 GROWS_TECHNICALLY = "Rain supplies soil water for plant growth."
 BEES = "Bees make sweet honey from flowers."
 FALSE = "Rain is honey that falls from trees."
@@ -43,25 +45,28 @@ def sampled(count: int, responses: int, seed: int) -> list[dict]:
 
 
 def test_a_flawless_response_is_exactly_one_in_any_order_and_spacing() -> None:
-    assert score(TWO, FALLS, GROWS) == score(TWO, GROWS, FALLS) == 1
-    assert score(ONE, BEGAN) == 1
+    assert score(FEW, FALLS, GROWS) == score(FEW, GROWS, FALLS) == score(FEW, GROWS, FALLS, BEGAN) == 1
+    assert score(BRIEFLY, BEGAN) == score(BRIEFLY, BEGAN, FALLS) == 1
     assert score(EXPERT, FALLS_TECHNICALLY, GROWS_TECHNICALLY) == 1
-    assert score(f"{TWO}\n", f" {FALLS}\n", f" {GROWS} ") == 1
+    assert score(f"{FEW}\n", f" {FALLS}\n", f" {GROWS} ") == 1
 
 
 def test_the_verdict_counts_what_it_found() -> None:
-    verdict = Judge().judge(TWO, f"{FALLS} {GROWS_TECHNICALLY} {FALLS} {BEES} {FALSE} Rain helps")
-    assert (verdict.asked, verdict.sentences, verdict.true, verdict.on_topic) == (2, 6, 4, 3)
-    assert (verdict.distinct, verdict.in_register, verdict.extra, verdict.ended) == (2, 1, 4, False)
+    verdict = Judge().judge(FEW, f"{FALLS} {GROWS_TECHNICALLY} {FALLS} {BEES} {FALSE} Rain helps")
+    assert (verdict.least, verdict.most) == (2, 3)
+    assert (verdict.sentences, verdict.true, verdict.on_topic) == (6, 4, 3)
+    assert (verdict.distinct, verdict.in_register, verdict.extra, verdict.ended) == (2, 1, 3, False)
 
 
 @pytest.mark.parametrize(
     ("sentences", "expected"),
     [
         pytest.param([FALLS], 1 / 2, id="too short"),
-        pytest.param([FALLS, GROWS, BEGAN], 1 - FAULT, id="too long"),
+        pytest.param([FALLS, GROWS, BEGAN, DROPS], 1 - FAULT, id="too long"),
         pytest.param([FALLS, GROWS_TECHNICALLY], (1 + OTHER_REGISTER) / 2, id="a sentence off register"),
         pytest.param([FALLS_TECHNICALLY, GROWS_TECHNICALLY], OTHER_REGISTER, id="all off register"),
+        pytest.param([FALLS, GROWS, BEGAN_TECHNICALLY], (2 + OTHER_REGISTER) / 3, id="one of three off register"),
+        pytest.param([FALLS, GROWS, BEES], 1 - FAULT, id="another topic beside two facts"),
         pytest.param([FALLS, BEES], 1 / 2 - FAULT, id="another topic"),
         pytest.param([FALLS, FALSE], 1 / 2 - FAULT, id="false"),
         pytest.param([FALLS, FALLS], 1 / 2 - FAULT, id="repeated"),
@@ -72,7 +77,7 @@ def test_the_verdict_counts_what_it_found() -> None:
     ],
 )
 def test_each_flaw_alone_lowers_the_score(sentences: list[str], expected: float) -> None:
-    assert score(TWO, *sentences) == pytest.approx(expected)
+    assert score(FEW, *sentences) == pytest.approx(expected)
 
 
 def test_the_register_is_the_one_of_the_audience() -> None:
@@ -80,16 +85,16 @@ def test_the_register_is_the_one_of_the_audience() -> None:
 
 
 def test_the_better_sentences_are_counted_where_there_are_too_many() -> None:
-    assert score(ONE, FALLS_TECHNICALLY, GROWS) == pytest.approx(1 - FAULT)
+    assert score(BRIEFLY, FALLS_TECHNICALLY, GROWS, BEGAN) == pytest.approx(1 - FAULT)
 
 
 @pytest.mark.parametrize("response", ["", "  \n"])
 def test_an_empty_response_is_the_worst(response: str) -> None:
-    assert score(ONE, response) == -1
+    assert score(BRIEFLY, response) == -1
 
 
 def test_no_response_is_below_minus_one() -> None:
-    assert score(ONE, *[FALSE] * 9) == -1
+    assert score(BRIEFLY, *[FALSE] * 9) == -1
 
 
 def test_what_is_no_instruction_cannot_be_judged() -> None:
@@ -98,7 +103,7 @@ def test_what_is_no_instruction_cannot_be_judged() -> None:
 
 
 def test_the_judge_is_a_reward_function() -> None:
-    assert Judge().score([ONE, ONE], [FALLS, ""], column=["a", "b"]) == [1, -1]
+    assert Judge().score([BRIEFLY, BRIEFLY], [FALLS, ""], column=["a", "b"]) == [1, -1]
 
 
 @pytest.mark.parametrize("agreement", [0.6, 0.75, 0.95])
@@ -148,7 +153,7 @@ def test_labels_agree_with_the_judge_as_often_as_asked_on_the_pairs_that_differ(
 
 
 def test_two_responses_become_a_pair_and_more_a_ranking_of_the_same_texts() -> None:
-    rows = [{"prompt": TWO, "responses": [FALLS, GROWS]}, {"prompt": TWO, "responses": [FALLS, GROWS, BEES]}]
+    rows = [{"prompt": FEW, "responses": [FALLS, GROWS]}, {"prompt": FEW, "responses": [FALLS, GROWS, BEES]}]
     pair, ranking = label(rows, seed=0)
     assert pair.keys() == {"prompt", "chosen", "rejected"}
     assert {pair["chosen"], pair["rejected"]} == {FALLS, GROWS}
@@ -157,13 +162,13 @@ def test_two_responses_become_a_pair_and_more_a_ranking_of_the_same_texts() -> N
 
 
 def test_equal_responses_are_one_and_empty_ones_none() -> None:
-    assert label([{"prompt": ONE, "responses": [FALLS, FALLS, "", " "]}], seed=0) == []
-    (row,) = label([{"prompt": ONE, "responses": [FALLS, BEES, FALLS]}], seed=0)
+    assert label([{"prompt": BRIEFLY, "responses": [FALLS, FALLS, "", " "]}], seed=0) == []
+    (row,) = label([{"prompt": BRIEFLY, "responses": [FALLS, BEES, FALLS]}], seed=0)
     assert {row["chosen"], row["rejected"]} == {FALLS, BEES}
 
 
 def test_the_order_of_sampling_says_nothing_about_the_label() -> None:
-    rows = [{"prompt": ONE, "responses": [FALLS, GROWS]}] * 2000
+    rows = [{"prompt": BRIEFLY, "responses": [FALLS, GROWS]}] * 2000
     first = sum(row["chosen"] == FALLS for row in label(rows, seed=0))
     assert first / 2000 == pytest.approx(0.5, abs=0.05)
 
@@ -174,10 +179,10 @@ def test_the_seed_decides_the_labels() -> None:
 
 
 def test_the_ceiling_is_the_judges_own_accuracy_with_ties_as_half() -> None:
-    right = {"prompt": ONE, "chosen": FALLS, "rejected": BEES}
-    wrong = {"prompt": ONE, "chosen": BEES, "rejected": FALLS}
-    tie = {"prompt": ONE, "chosen": FALLS, "rejected": GROWS}
-    ranking = {"prompt": ONE, "responses": [FALLS, BEES, FALLS_TECHNICALLY]}  # right, right, wrong
+    right = {"prompt": BRIEFLY, "chosen": FALLS, "rejected": BEES}
+    wrong = {"prompt": BRIEFLY, "chosen": BEES, "rejected": FALLS}
+    tie = {"prompt": BRIEFLY, "chosen": FALLS, "rejected": GROWS}
+    ranking = {"prompt": BRIEFLY, "responses": [FALLS, BEES, FALLS_TECHNICALLY]}  # right, right, wrong
     assert ceiling([right]) == 1
     assert ceiling([wrong]) == 0
     assert ceiling([right, wrong, tie, ranking]) == pytest.approx(3.5 / 6)
