@@ -20,8 +20,8 @@ TITLES = ("{topic} for {audience}", "{topic}, told to {audience}")
 class Flaws:
     """How probable it is that a person who answers makes each mistake; several can meet in one demonstration."""
 
-    too_long: float = 0.65
-    """One or two sentences more than asked for; where nothing is left to tell, they drift to another topic."""
+    too_long: float = 0.60
+    """Two or three sentences more than asked for; where nothing is left to tell, they drift to another topic."""
     too_short: float = 0.05
     """One sentence less, where more than one was asked for; never together with too many."""
     off_register: float = 0.40
@@ -93,7 +93,7 @@ def _length(instruction: Instruction, flaws: Flaws, generator: random.Random) ->
     least, most = instruction.sentences[0], instruction.sentences[-1]
     drawn = generator.random()
     if drawn < flaws.too_long:
-        return most + generator.randint(1, 2)
+        return most + generator.randint(2, 3)
     if least > 1 and drawn < flaws.too_long + flaws.too_short:
         return least - 1
     return generator.randint(least, most)

@@ -77,12 +77,29 @@ def test_the_same_seed_gives_the_same_figures(finished: Path, tmp_path: Path) ->
         assert one[key] == other[key]
 
 
-def test_the_exported_policy_generates_with_transformers_alone(finished: Path) -> None:
+def test_the_exported_policy_generates_as_ours_with_transformers_alone(finished: Path) -> None:
     from transformers import pipeline
 
-    generate = pipeline("text-generation", model=str(finished / "ppo"))
-    found: Any = generate("Explain rain to a child briefly.\n", max_new_tokens=4, do_sample=False)
-    assert found[0]["generated_text"].startswith("Explain rain")
+    from rlhf_lightning.networks import load_policy, load_tokenizer
+    from rlhf_lightning.rollout.generate import decode, sample_tokens
+
+    folder, prompt = str(finished / "ppo"), "Explain rain to a child briefly.\n"
+    theirs: Any = pipeline("text-generation", model=folder)(
+        prompt, max_new_tokens=12, do_sample=False, return_full_text=False
+    )
+    tokenizer = load_tokenizer(folder)
+    tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    ours = sample_tokens(
+        load_policy(folder),
+        tokens,
+        torch.ones_like(tokens, dtype=torch.bool),
+        max_new_tokens=12,
+        temperature=0,
+        stop_tokens=torch.tensor([tokenizer.eos_token_id]),
+        generator=torch.Generator(),
+    )
+    assert decode(tokenizer, ours, torch.ones_like(ours, dtype=torch.bool)) == [theirs[0]["generated_text"]]
+    assert ours.shape[1] > 1
 
 
 def test_the_exported_reward_model_scores_as_ours_with_transformers_alone(finished: Path) -> None:
