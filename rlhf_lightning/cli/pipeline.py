@@ -48,7 +48,7 @@ def run(config: DictConfig) -> None:
 def wire(settings: Config) -> None:
     """Fill in where each stage reads: the user's files or the world's, and the folder of the stage before.
 
-    Raises `InputError` where the user's files or network are not all named. A stage without a file is left out, and
+    Raises `InputError` where the user's files or network are not all named, or with a ``ckpt_path``. A stage without a file is left out, and
     what follows reads what it would have read.
     """
     folder = Path(settings["output_dir"])
@@ -71,6 +71,11 @@ def wire(settings: Config) -> None:
 
 def _check_sources(settings: Config) -> None:
     data = settings["data"]
+    if settings["ckpt_path"] is not None:
+        raise InputError(
+            f"ckpt_path={settings['ckpt_path']}: the pipeline goes on after its last complete stage by itself when the "
+            "same command is run again; ckpt_path is for `rlhf train`"
+        )
     if settings["network"]["pretrained"] is None:
         raise InputError(
             "network.pretrained is required (a Hugging Face folder or hub name) when the pipeline runs on your files; "
@@ -202,14 +207,17 @@ class Pipeline:
 
         def sample(rows: "Sequence[Any]", seed: int) -> list[str]:
             network, tokenizer = load_policy(policy), load_tokenizer(policy)
-            batches = self._prompts({"path": rows, "val_path": rows, "batch_size": SAMPLING_BATCH}, tokenizer)
+            batches = self._prompts({"batch_size": SAMPLING_BATCH}, tokenizer, rows=rows)
             return answer(network, tokenizer, batches, seed=seed, **self._sampling()).responses
 
         return sample
 
-    def _prompts(self, changes: Config, tokenizer: Any) -> list[Any]:
-        """Return the validation prompts of PPO's data with some of its settings changed."""
+    def _prompts(self, changes: Config, tokenizer: Any, rows: "Sequence[Any] | None" = None) -> list[Any]:
+        """Return the validation prompts of PPO's data, or those of other rows, with some of its settings changed."""
         data = build("data.ppo", self.settings["data"]["ppo"] | changes, tokenizer=tokenizer)
+        if rows is not None:
+            # Not through the config: Hydra walks through every value of a node, some milliseconds a row.
+            data.path, data.val_path = rows[:1], rows
         data.setup("validate")
         return list(data.val_dataloader())
 

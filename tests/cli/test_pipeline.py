@@ -123,6 +123,7 @@ def test_the_exported_reward_model_scores_as_ours_with_transformers_alone(finish
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["ckpt_path=last"], "ckpt_path is for `rlhf train`"),
         (["network.pretrained=x"], "data.ppo.path is required"),
         (["data.ppo.path=prompts.jsonl"], "network.pretrained is required"),
         (["network.pretrained=x", "data.ppo.path=prompts.jsonl"], "a reward is required"),
