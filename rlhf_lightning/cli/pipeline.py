@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning import LightningDataModule, LightningModule
     from lightning.pytorch.callbacks import Callback
 
+    from rlhf_lightning.networks import NetworkConfig
     from rlhf_lightning.types import RewardFunction
 
 ROOT_KEYS = [*TRAIN_KEYS, "world", "evaluate"]
@@ -48,8 +49,8 @@ def run(config: DictConfig) -> None:
 def wire(settings: Config) -> None:
     """Fill in where each stage reads: the user's files or the world's, and the folder of the stage before.
 
-    Raises `InputError` where the user's files or network are not all named, or with a ``ckpt_path``. A stage without a file is left out, and
-    what follows reads what it would have read.
+    Raises `InputError` where the user's files or network are not all named, or with a ``ckpt_path``. A stage without a
+    file is left out, and what follows reads what it would have read.
     """
     folder = Path(settings["output_dir"])
     data, module = settings["data"], settings["module"]
@@ -58,6 +59,7 @@ def wire(settings: Config) -> None:
             data[stage] |= {name: str(folder / "data" / file) for name, file in files.items()}
         settings["network"]["pretrained"] = str(folder / "initial")
     _check_sources(settings)
+    _check_held_out(settings)
     model = settings["network"]["pretrained"]
     for stage in ("pretrain", "sft", "reward", "ppo"):
         module[stage]["model"] = {**settings["network"], "pretrained": model}
@@ -83,11 +85,29 @@ def _check_sources(settings: Config) -> None:
         )
     if data["ppo"]["path"] is None:
         raise InputError("data.ppo.path is required (a .jsonl file with rows {prompt}): pass data.ppo.path=FILE")
+    if data["reward"]["path"] is not None and settings["module"]["ppo"]["reward"] is not None:
+        raise InputError(
+            f"module.ppo.reward={settings['module']['ppo']['reward']!r} is not used where a reward model is trained: "
+            f"PPO takes the one of data.reward.path={data['reward']['path']}; leave one of the two out"
+        )
     if data["reward"]["path"] is None and settings["module"]["ppo"]["reward"] is None:
         raise InputError(
             "a reward is required: pass data.reward.path=FILE with comparisons to train one, or module.ppo.reward= a "
             "reward-model folder, a hub name, or file.py:function"
         )
+
+
+def _check_held_out(settings: Config) -> None:
+    for name in ("prompts", "samples"):
+        if settings["evaluate"][name] < 1:
+            raise InputError(f"evaluate.{name}={settings['evaluate'][name]} must be at least 1")
+    for stage in ("reward", "ppo"):
+        data = settings["data"][stage]
+        if data["path"] is not None and not (data["val_fraction"] or data["val_path"] or data["val_split"]):
+            raise InputError(
+                f"data.{stage}.val_fraction=0 keeps nothing to evaluate on at the end: set it above 0, or pass "
+                f"data.{stage}.val_path"
+            )
 
 
 class Pipeline:
@@ -118,7 +138,12 @@ class Pipeline:
         from rlhf_lightning.world.story import write_world
 
         world, seed = self.settings["world"], self.settings["seed"]
-        self._stage("world", {"world": world, "seed": seed}, lambda: write_world(self.folder, seed=seed, **world))
+        self._stage(
+            "world",
+            {"world": world, "seed": seed},
+            lambda: write_world(self.folder, seed=seed, **world),
+            outputs=[self.folder / "data", self.folder / "initial"],
+        )
 
     def _compare(self) -> None:
         """Let the world's judge rank what the fine-tuned policy samples."""
@@ -130,6 +155,7 @@ class Pipeline:
             "comparisons",
             {"world": world, "seed": seed, "sampling": self._sampling()},
             lambda: write_comparisons(self.folder / "data", self._sampler(policy), seed=seed, **world),
+            outputs=[self.folder / "data" / file for file in WORLD_FILES["reward"].values()],
         )
 
     def _train(self, stage: str) -> None:
@@ -137,7 +163,12 @@ class Pipeline:
         settings = {name: self.settings[name][stage] for name in ("module", "data", "trainer")}
         settings["seed"] = self.settings["seed"]
         callbacks = self._onlookers() if stage == "ppo" else []
-        self._stage(stage, settings, lambda: train(self.settings | settings, stage, self.folder, callbacks))
+        self._stage(
+            stage,
+            settings,
+            lambda: train(self.settings | settings, stage, self.folder, callbacks),
+            outputs=[self.folder / stage],
+        )
 
     def _onlookers(self) -> "list[Callback]":
         """Return the judge as a monitor of PPO, for the report's curve alone: nothing of it reaches the updates."""
@@ -184,19 +215,25 @@ class Pipeline:
         reward = self.settings["module"]["ppo"]["reward"]
         return build("module.ppo.reward", reward) if isinstance(reward, dict) else reward
 
-    def _policies(self) -> dict[str, str]:
-        """Return the folders to compare: before fine-tuning, before PPO (which is PPO's reference), and after."""
+    def _policies(self) -> "dict[str, NetworkConfig]":
+        """Return the networks to compare: before fine-tuning, before PPO (which is PPO's reference), and after."""
         module = self.settings["module"]
-        first = next(iter(module.values()))["model"]["pretrained"]
-        started = str(self.folder / "pretrain") if "pretrain" in module else first
-        policies = {"pretrained": started, "sft": module["ppo"]["model"]["pretrained"], "ppo": str(self.folder / "ppo")}
-        if policies["pretrained"] == policies["sft"]:
-            del policies["pretrained"]
-        return policies
+        first, reference = next(iter(module.values()))["model"], module["ppo"]["model"]
+        started = str(self.folder / "pretrain") if "pretrain" in module else first["pretrained"]
+        nodes = {
+            "pretrained": first | {"pretrained": started},
+            "sft": reference,
+            "ppo": reference | {"pretrained": str(self.folder / "ppo")},
+        }
+        if started == reference["pretrained"]:
+            del nodes["pretrained"]
+        return {name: build("network", node) for name, node in nodes.items()}
 
     def _held_out_prompts(self, tokenizer: Any, max_length: int | None) -> list[Any]:
         """Return PPO's validation prompts, whole batches until there are ``evaluate.prompts``."""
         batches = self._prompts({"max_prompt_length": max_length}, tokenizer)
+        if not batches:
+            raise InputError("data.ppo leaves no held-out prompt to compare the policies on")
         count = self.settings["evaluate"]["prompts"]
         return batches[: -(-count // self.settings["data"]["ppo"]["batch_size"])]
 
@@ -226,8 +263,10 @@ class Pipeline:
         ppo = self.settings["module"]["ppo"]
         return {"max_new_tokens": ppo["max_new_tokens"], "temperature": ppo["temperature"]}
 
-    def _stage(self, name: str, settings: Config, body: Callable[[], Config]) -> None:
-        self.done[name] = run_stage(self.records, name, settings, body)
+    def _stage(
+        self, name: str, settings: Config, body: Callable[[], Config], *, outputs: "Sequence[Path]" = ()
+    ) -> None:
+        self.done[name] = run_stage(self.records, name, settings, body, outputs=outputs)
 
     def _report(self) -> None:
         from rlhf_lightning.evaluation.report import write_report

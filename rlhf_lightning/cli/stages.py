@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,12 @@ class Records:
         path = self.path(stage)
         return cast(Config, json.loads(path.read_text("utf-8"))) if path.exists() else None
 
+    def remove_from(self, record: Config) -> None:
+        """Forget this stage and all that were completed after it: they were made from what it wrote."""
+        for path in self.folder.glob("*.json"):
+            if json.loads(path.read_text("utf-8"))["completed"] >= record["completed"]:
+                path.unlink()
+
     def write(self, stage: str, record: Config) -> None:
         """Write the record whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -36,23 +42,32 @@ class Records:
         partial.replace(self.path(stage))
 
 
-def run_stage(records: Records, stage: str, settings: Config, body: Callable[[], Config]) -> Config:
+def run_stage(
+    records: Records, stage: str, settings: Config, body: Callable[[], Config], *, outputs: Sequence[Path] = ()
+) -> Config:
     """Return the record of a stage: the stored one, or that of running ``body``, whose result is its ``result``.
 
-    Raises `InputError` where the stage was completed with other settings: nothing of another run is mixed in silently.
+    A stage is complete while its record and all its ``outputs`` are there. Raises `InputError` where it was completed
+    with other settings: nothing of another run is mixed in silently.
     """
     # As it will be read back: tuples are lists there.
     settings = json.loads(json.dumps(settings))
     stored = records.read(stage)
     if stored is not None:
         _check_same(records, stage, stored["settings"], settings)
-        print(f"\n=== {stage}: complete already, skipped", flush=True)
-        return stored
-    print(f"\n=== {stage}", flush=True)
+        lost = [path for path in outputs if not path.exists()]
+        if not lost:
+            print(f"\n=== {stage}: complete already, skipped", flush=True)
+            return stored
+        print(f"\n=== {stage}: {lost[0]} is gone, so it and what follows run again", flush=True)
+        records.remove_from(stored)
+    else:
+        print(f"\n=== {stage}", flush=True)
     start = time.perf_counter()
     result = body()
     record = {
         "stage": stage,
+        "completed": time.time(),
         "seconds": round(time.perf_counter() - start, 2),
         "peak_memory_gb": peak_memory_gb(),
         "settings": settings,

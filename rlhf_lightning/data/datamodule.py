@@ -13,7 +13,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
-from rlhf_lightning.data.formats import group_of
+from rlhf_lightning.data.formats import asked, group_of
 from rlhf_lightning.data.reading import Row, Source, file_of_split, read_rows
 from rlhf_lightning.data.sampling import EpochSampler
 from rlhf_lightning.data.tokenizing import Encoder, require_token
@@ -264,11 +264,16 @@ def split_by_group(
     """Return training and validation rows, both in their order; rows of one group stay together.
 
     The validation part has ``fraction`` of the groups, and at least one as long as one is left for training. Groups are
-    drawn by a hash, so that files with the same prompts hold out the same ones: no stage trains on what another keeps.
+    drawn by a hash of what is asked, so that files with the same prompts hold out the same ones; where the files differ
+    in a few, so may what they hold out.
     """
-    groups = {group(row) for row in rows}
-    size = min(max(1, round(fraction * len(groups))), len(groups) - 1) if fraction > 0 else 0
-    held_out = set(sorted(groups, key=lambda name: blake2b(f"{seed} {name}".encode()).digest())[:size])
+    drawn: dict[str, bytes] = {}
+    for row in rows:
+        # By what is asked, so that a group of one file and the prompts of another are drawn alike.
+        draw = blake2b(f"{seed} {asked(row)}".encode()).digest()
+        drawn[group(row)] = min(draw, drawn.get(group(row), draw))
+    size = min(max(1, round(fraction * len(drawn))), len(drawn) - 1) if fraction > 0 else 0
+    held_out = set(sorted(drawn, key=lambda name: drawn[name])[:size])
     train = [row for row in rows if group(row) not in held_out]
     return train, [row for row in rows if group(row) in held_out]
 

@@ -94,7 +94,13 @@ def opening_example(row: Row) -> PromptExample:
 def group_of(row: Row) -> str:
     """Return what rows have in common that must not stand on both sides of a split: ``group``, else what is asked."""
     fields = {name: row.fields[name] for name in _present(row)}
-    for name in ("group", "prompt", "text"):
+    return json.dumps(["group", fields["group"]], default=str) if "group" in fields else asked(row)
+
+
+def asked(row: Row) -> str:
+    """Return what the response of a row answers."""
+    fields = {name: row.fields[name] for name in _present(row)}
+    for name in ("prompt", "text"):
         if name in fields:
             return json.dumps([name, fields[name]], default=str, sort_keys=True)
     if isinstance(messages := fields.get("messages"), Sequence):

@@ -10,7 +10,7 @@ from rlhf_lightning.evaluation.policies import answer, with_responses
 from rlhf_lightning.evaluation.reward_card import RewardCard, reward_card
 from rlhf_lightning.functional.losses import ranked_pairs
 from rlhf_lightning.modules import RewardModule
-from rlhf_lightning.networks import NetworkConfig, load_policy, load_tokenizer, max_positions
+from rlhf_lightning.networks import Model, NetworkConfig, load_policy, load_tokenizer, max_positions
 from rlhf_lightning.rollout.reward import Reward, load_reward
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, RewardFunction
 
@@ -25,7 +25,7 @@ Prompts = Callable[["PreTrainedTokenizerBase", int | None], Sequence[PromptBatch
 
 
 def gather_answers(
-    policies: Mapping[str, str],
+    policies: Mapping[str, Model],
     prompts: Prompts,
     *,
     reward: Any,
@@ -36,12 +36,13 @@ def gather_answers(
 ) -> dict[str, Any]:
     """Return prompts, demonstrations, and each policy's responses with the scores of reward and judge.
 
-    ``policies`` are Hugging Face folders by name; the KL of each is measured to the one named "sft".
+    ``policies`` are networks by name; the KL of each is measured to the one named "sft". Demonstrations count only
+    where every prompt has one.
     """
     found: dict[str, Any] = {"responses": {}, "scores": {}, "kl": {}}
     reference = load_policy(policies["sft"]).eval()
-    for name, folder in policies.items():
-        policy, tokenizer = load_policy(folder), load_tokenizer(folder)
+    for name, network in policies.items():
+        policy, tokenizer = load_policy(network), load_tokenizer(network)
         positions = max_positions(policy)
         batches = prompts(tokenizer, None if positions is None else positions - max_new_tokens)
         scorer = load_reward(reward, tokenizer)
@@ -97,7 +98,8 @@ def _questions(batches: Sequence[PromptBatch]) -> dict[str, list[Any]]:
 
 
 def _all_demonstrated(batches: Sequence[PromptBatch]) -> bool:
-    return all(DEMONSTRATION in batch.columns for batch in batches)
+    found = [text for batch in batches for text in batch.columns.get(DEMONSTRATION, [None])]
+    return all(isinstance(text, str) and text.strip() for text in found)
 
 
 def _demonstrations(batches: Sequence[PromptBatch]) -> list[str]:

@@ -77,7 +77,18 @@ class PPOModule(LanguageModule):
         _require(temperature > 0, "temperature", temperature, "must be above 0: PPO learns from samples")
         _require(0 <= gamma <= 1, "gamma", gamma, "must lie in [0, 1]")
         _require(0 <= lam <= 1, "lam", lam, "must lie in [0, 1]")
-        _require(beta >= 0, "beta", beta, "must not be negative")
+        for name, amount in (
+            ("beta", beta),
+            ("value_coef", value_coef),
+            ("learning_rate", learning_rate),
+            ("critic_learning_rate", critic_learning_rate),
+            ("warmup_steps", warmup_steps),
+            ("missing_eos_penalty", missing_eos_penalty),
+        ):
+            _require(amount >= 0, name, amount, "must not be negative")
+        for name, amount in (("clip_range", clip_range), ("value_clip_range", value_clip_range)):
+            _require(amount > 0, name, amount, "must be above 0: nothing could change")
+        _require(max_grad_norm > 0, "max_grad_norm", max_grad_norm, "must be above 0; inf clips nothing")
         for name, size in (
             ("ppo_epochs", ppo_epochs),
             ("minibatch_size", minibatch_size),

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.masking import position_ids, through_first
 from rlhf_lightning.types import PromptBatch, Rollout
 
@@ -118,6 +119,8 @@ def _invert(weights: Float[Tensor, "B N"], generator: torch.Generator) -> Int[Te
     """Draw an index of each row with probability in proportion to its weight; none without weight is drawn."""
     # In float64 a uniform number below 1 times the sum stays below the sum.
     cumulative = weights.double().cumsum(dim=1)
+    if not cumulative[:, -1].isfinite().all():
+        raise InputError("the policy's logits are not finite: its weights hold NaN, or overflowed in this precision")
     uniform = torch.rand(len(weights), 1, dtype=torch.float64, device=weights.device, generator=generator)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
 

@@ -83,6 +83,8 @@ class ModelReward(Reward):
         scores = torch.empty(len(tokens), device=tokens.device)
         for rows in by_length.split(self.micro_batch_size):
             scores[rows] = self._logits(tokens[rows], mask[rows])
+        if not scores.isfinite().all():
+            raise InputError("the reward model's scores are not finite: its weights hold NaN, or overflowed")
         return scores
 
     def _logits(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
@@ -169,6 +171,8 @@ def import_function(name: str) -> RewardFunction:
         module = _module_from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except (ImportError, OSError) as error:
         raise InputError(f"reward={name!r} cannot be imported: {error}") from error
+    except Exception as error:
+        raise InputError(f"reward={name!r} cannot be imported: {type(error).__name__}: {error}") from error
     if attribute not in vars(module):
         raise InputError(f"reward={name!r} names {attribute!r}, which {where} does not define")
     function: Callable[..., Sequence[float]] = vars(module)[attribute]

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,19 @@ def test_a_finished_stage_is_not_mixed_with_other_settings(finished: Path, capsy
     assert "module.learning_rate: was 0.002, is now 0.5" in capsys.readouterr().err
 
 
+def test_a_stage_whose_folder_is_gone_runs_again_with_all_that_follows(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = report(finished)
+    shutil.rmtree(finished / "reward")
+    assert run_verb("pipeline", [*TINY, f"output_dir={finished}"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("complete already, skipped") == 4  # world, pretrain, sft, comparisons
+    assert "reward is gone, so it and what follows run again" in said
+    assert (finished / "reward").is_dir()
+    assert report(finished)["win_rate"] == before["win_rate"]
+
+
 def test_the_same_seed_gives_the_same_figures(finished: Path, tmp_path: Path) -> None:
     assert run_verb("pipeline", [*TINY, f"output_dir={tmp_path}"]) == 0
     one, other = report(finished), report(tmp_path)
@@ -125,6 +139,12 @@ def test_the_exported_reward_model_scores_as_ours_with_transformers_alone(finish
     [
         (["ckpt_path=last"], "ckpt_path is for `rlhf train`"),
         (["network.pretrained=x"], "data.ppo.path is required"),
+        (["evaluate.samples=0"], "evaluate.samples=0 must be at least 1"),
+        (
+            ["data.ppo.val_fraction=0", "data.ppo.path=p", "network.pretrained=x", "module.ppo.reward=y"],
+            "val_fraction=0",
+        ),
+        (["module.ppo.reward=f.py:f"], "module.ppo.reward='f.py:f' is not used where a reward model is trained"),
         (["data.ppo.path=prompts.jsonl"], "network.pretrained is required"),
         (["network.pretrained=x", "data.ppo.path=prompts.jsonl"], "a reward is required"),
     ],
@@ -134,3 +154,45 @@ def test_the_pipeline_on_files_says_what_is_missing(
 ) -> None:
     assert run_verb("pipeline", [*overrides, f"output_dir={tmp_path}"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """Demonstrations, comparisons and prompts of a user; every third prompt has no demonstration."""
+    prompts = [f"Name thing {i}." for i in range(24)]
+    rows = {
+        "sft": [{"prompt": prompt, "response": "A cup."} for prompt in prompts],
+        "reward": [{"prompt": prompt, "chosen": "A cup.", "rejected": "No"} for prompt in prompts],
+        "ppo": [{"prompt": p} | ({"response": "A cup."} if i % 3 else {}) for i, p in enumerate(prompts)],
+    }
+    paths = {name: tmp_path / f"{name}.jsonl" for name in rows}
+    for name, path in paths.items():
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
+    return paths
+
+
+def test_the_pipeline_runs_on_files_and_a_network_whose_tokenizer_has_no_padding(
+    files: dict[str, Path], finished: Path, tmp_path: Path
+) -> None:
+    network = tmp_path / "network"
+    shutil.copytree(finished / "pretrain", network)
+    config = json.loads((network / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (network / "tokenizer_config.json").write_text(json.dumps(config))
+    arguments = [
+        f"network.pretrained={network}",
+        "network.pad_token='<|pad|>'",
+        *(f"data.{stage}.path={path}" for stage, path in files.items()),
+        "data.ppo.val_fraction=0.25",
+        "data.reward.val_fraction=0.25",
+        "data.ppo.batch_size=4",
+        "module.ppo.minibatch_size=4",
+        "module.ppo.max_new_tokens=4",
+        *(f"+trainer.{stage}.limit_train_batches=1" for stage in ("sft", "reward", "ppo")),
+        *(f"trainer.{stage}.max_epochs=1" for stage in ("sft", "reward", "ppo")),
+        f"output_dir={tmp_path / 'out'}",
+    ]
+    assert run_verb("pipeline", arguments) == 0
+    found = report(tmp_path / "out")
+    assert set(found["win_rate"]) == {"pretrained", "ppo"}  # with no demonstration for some, against the fine-tuned
+    assert found["reward"]["pairs"] == 6

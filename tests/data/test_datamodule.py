@@ -260,6 +260,14 @@ def test_a_split_keeps_rows_with_an_equal_prompt_together() -> None:
     assert len(val) == 15
 
 
+def test_files_with_the_same_prompts_hold_out_the_same_ones_with_and_without_groups() -> None:
+    alone = [Row({"prompt": f"{i}"}, str(i)) for i in range(50)]
+    grouped = [Row({"prompt": f"{i}", "group": f"g{i}"}, str(i)) for i in reversed(range(50))]
+    held_out = [{row.fields["prompt"] for row in split_by_group(rows, 0.3, seed=0)[1]} for rows in (alone, grouped)]
+    assert held_out[0] == held_out[1]
+    assert len(held_out[0]) == 15
+
+
 def test_a_split_is_a_function_of_its_seed() -> None:
     rows = [Row({"prompt": f"{i}"}, str(i)) for i in range(50)]
     assert split_by_group(rows, 0.3, seed=0) == split_by_group(rows, 0.3, seed=0)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.logprobs import gather_logprobs
-from rlhf_lightning.rollout.generate import draw, generate, sample_tokens
+from rlhf_lightning.rollout.generate import BLOCK, draw, generate, sample_tokens
 from rlhf_lightning.rollout.score import response_logits
 from rlhf_lightning.types import PromptBatch, Rollout
 
@@ -95,6 +96,24 @@ def test_tokens_are_drawn_from_the_softmax_of_the_logits_over_temperature(
     # 99.9 % of the chi-square distribution with eleven degrees of freedom; fewer have a lower bound.
     assert common.sum() >= 5
     assert chi_square < 31.26
+
+
+def test_a_vocabulary_of_several_blocks_is_drawn_from_as_a_whole() -> None:
+    count, vocabulary = 40_000, 2 * BLOCK + 7
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(1))
+    logits[[0, BLOCK, vocabulary - 1]] = -torch.inf
+    tokens = draw(logits.repeat(count, 1), temperature=1.0, generator=torch.Generator().manual_seed(0))
+    expected = count * torch.softmax(logits.double(), dim=0)
+    seen = tokens.bincount(minlength=vocabulary).double()
+    assert (seen[expected == 0] == 0).all()
+    possible = expected > 0
+    # 99.9 % of the chi-square distribution with 131 degrees of freedom.
+    assert ((seen - expected).square() / expected)[possible].sum().item() < 186
+
+
+def test_logits_that_are_not_finite_are_an_input_error() -> None:
+    with pytest.raises(InputError, match="logits are not finite"):
+        draw(torch.full((2, 5), torch.nan), temperature=1.0, generator=torch.Generator())
 
 
 def test_temperature_0_takes_the_likeliest_token() -> None:

@@ -262,6 +262,7 @@ def test_a_function_in_a_package_is_named_with_a_colon(
     ("name", "message"),
     [
         ("{folder}/missing.py:longer", "cannot be imported: no file .*missing.py"),
+        ("{folder}/broken.py:longer", "cannot be imported: SyntaxError: .*broken.py, line 1"),
         ("no_such_package.inner:longer", "cannot be imported: No module named 'no_such_package'"),
         ("{folder}/my_rewards.py:shorter", "names 'shorter', which .*my_rewards.py does not define"),
         ("math:shorter", "names 'shorter', which math does not define"),
@@ -272,9 +273,19 @@ def test_a_function_in_a_package_is_named_with_a_colon(
 def test_a_name_that_leads_to_no_function_is_an_input_error(
     name: str, message: str, tmp_path: Path, tokenizer: Any
 ) -> None:
+    (tmp_path / "broken.py").write_text("def longer(:")
     with pytest.raises(InputError, match=message) as error:
         load_reward(name.format(folder=tmp_path), tokenizer)
     assert "reward=" in str(error.value)
+
+
+def test_scores_that_are_not_finite_are_an_input_error(
+    sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    network = classifier()
+    torch.nn.init.constant_(network.score.weight, float("nan"))
+    with pytest.raises(InputError, match="scores are not finite"):
+        ModelReward(network, tokenizer, tokenizer)(sequences)
 
 
 def test_a_folder_is_a_reward_model_with_its_own_tokenizer(
