@@ -73,8 +73,9 @@ def test_half_of_the_articles_have_their_title_above() -> None:
     assert sum(above) / len(above) == pytest.approx(0.5, abs=0.05)
 
 
-def test_every_fact_stands_in_raw_text() -> None:
-    written = " ".join(row["text"] for row in raw_text(5000, TRAIN, seed=0))
+def test_every_fact_stands_in_what_the_network_learns_from() -> None:
+    shown = demonstrations(TRAIN * 4, seed=0)
+    written = " ".join([*RAW, *(row["response"] for row in shown)])
     assert all(sentence in written for sentence in facts())
 
 
@@ -91,7 +92,7 @@ def test_demonstrations_answer_the_instructions_in_their_order() -> None:
 def test_few_demonstrations_are_flawless_and_most_well_below() -> None:
     scores = [verdict.score for verdict in verdicts(Flaws())]
     assert 0.08 <= sum(score == 1 for score in scores) / len(scores) <= 0.18
-    assert 0.3 <= sum(scores) / len(scores) <= 0.7
+    assert 0.2 <= sum(scores) / len(scores) <= 0.4
 
 
 def test_people_without_flaws_answer_flawlessly() -> None:
