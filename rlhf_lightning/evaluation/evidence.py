@@ -10,7 +10,7 @@ from rlhf_lightning.evaluation.policies import answer, with_responses
 from rlhf_lightning.evaluation.reward_card import RewardCard, reward_card
 from rlhf_lightning.functional.losses import ranked_pairs
 from rlhf_lightning.modules import RewardModule
-from rlhf_lightning.networks import Model, NetworkConfig, load_policy, load_tokenizer, max_positions
+from rlhf_lightning.networks import NetworkConfig, load_policy, load_tokenizer, max_positions
 from rlhf_lightning.rollout.reward import Reward, load_reward
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, RewardFunction
 
@@ -25,7 +25,7 @@ Prompts = Callable[["PreTrainedTokenizerBase", int | None], Sequence[PromptBatch
 
 
 def gather_answers(
-    policies: Mapping[str, Model],
+    policies: Mapping[str, str | NetworkConfig],
     prompts: Prompts,
     *,
     reward: Any,
