@@ -215,7 +215,8 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
         page = open_pages.pop()
         if page not in reached:
             reached.add(page)
-            open_pages += [(page.parent / link.partition("#")[0]).resolve() for link in links(page) if link[0] != "#"]
+            linked = [(page.parent / link.partition("#")[0]).resolve() for link in links(page) if link[0] != "#"]
+            open_pages += [path for path in linked if path.suffix == ".md"]
     assert set(PAGES) - reached == set()
 
 

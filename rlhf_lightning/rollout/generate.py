@@ -104,7 +104,7 @@ def draw(logits: Float[Tensor, "B V"], *, temperature: float, generator: torch.G
     """Draw a token of each row from softmax(logits / temperature), in float32; temperature 0 takes the likeliest.
 
     Draws the block of neighbouring tokens first and then the token in it, each by inverting the distribution function:
-    that needs two random numbers a row where `torch.multinomial` needs one a token, and takes a tenth of its time.
+    that needs two random numbers a row where `torch.multinomial` draws one for each token of the vocabulary.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
