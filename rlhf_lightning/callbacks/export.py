@@ -35,6 +35,7 @@ class HuggingFaceExport(Callback):
         """Raise `InputError` before training where the export could not be written after it."""
         if stage != "fit":
             return
+        self._trained = False
         if not isinstance(pl_module, Exportable):
             found = type(pl_module).__name__
             raise InputError(f"HuggingFaceExport needs a module with save_pretrained(folder), found {found}")

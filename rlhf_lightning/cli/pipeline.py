@@ -266,7 +266,7 @@ class Pipeline:
     def _stage(
         self, name: str, settings: Config, body: Callable[[], Config], *, outputs: "Sequence[Path]" = ()
     ) -> None:
-        self.done[name] = run_stage(self.records, name, settings, body, outputs=outputs)
+        self.done[name] = run_stage(self.records, name, settings, body, outputs=outputs, before=self.done)
 
     def _report(self) -> None:
         from rlhf_lightning.evaluation.report import write_report

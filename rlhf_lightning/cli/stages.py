@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,10 +28,10 @@ class Records:
         path = self.path(stage)
         return cast(Config, json.loads(path.read_text("utf-8"))) if path.exists() else None
 
-    def remove_from(self, record: Config) -> None:
-        """Forget this stage and all that were completed after it: they were made from what it wrote."""
+    def keep_only(self, stages: Collection[str]) -> None:
+        """Forget all other stages."""
         for path in self.folder.glob("*.json"):
-            if json.loads(path.read_text("utf-8"))["completed"] >= record["completed"]:
+            if path.stem not in stages:
                 path.unlink()
 
     def write(self, stage: str, record: Config) -> None:
@@ -43,12 +43,19 @@ class Records:
 
 
 def run_stage(
-    records: Records, stage: str, settings: Config, body: Callable[[], Config], *, outputs: Sequence[Path] = ()
+    records: Records,
+    stage: str,
+    settings: Config,
+    body: Callable[[], Config],
+    *,
+    outputs: Sequence[Path],
+    before: Collection[str],
 ) -> Config:
     """Return the record of a stage: the stored one, or that of running ``body``, whose result is its ``result``.
 
-    A stage is complete while its record and all its ``outputs`` are there. Raises `InputError` where it was completed
-    with other settings: nothing of another run is mixed in silently.
+    A stage is complete while its record and all its ``outputs`` are there; where one is gone, only the stages
+    ``before`` it stay complete, since the others were made from what it wrote. Raises `InputError` where it was
+    completed with other settings: nothing of another run is mixed in silently.
     """
     # As it will be read back: tuples are lists there.
     settings = json.loads(json.dumps(settings))
@@ -60,14 +67,13 @@ def run_stage(
             print(f"\n=== {stage}: complete already, skipped", flush=True)
             return stored
         print(f"\n=== {stage}: {lost[0]} is gone, so it and what follows run again", flush=True)
-        records.remove_from(stored)
+        records.keep_only(before)
     else:
         print(f"\n=== {stage}", flush=True)
     start = time.perf_counter()
     result = body()
     record = {
         "stage": stage,
-        "completed": time.time(),
         "seconds": round(time.perf_counter() - start, 2),
         "peak_memory_gb": peak_memory_gb(),
         "settings": settings,

@@ -110,7 +110,10 @@ def draw(logits: Float[Tensor, "B V"], *, temperature: float, generator: torch.G
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     blocks = nn.functional.pad(probabilities, (0, -logits.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    block = _invert(blocks.sum(dim=2), generator)
+    masses = blocks.sum(dim=2)
+    if not masses.isfinite().all():
+        raise InputError("the policy's logits are not finite: its weights hold NaN, or overflowed in this precision")
+    block = _invert(masses, generator)
     token = _invert(blocks[torch.arange(len(blocks), device=blocks.device), block], generator)
     return block * BLOCK + token
 
@@ -119,8 +122,6 @@ def _invert(weights: Float[Tensor, "B N"], generator: torch.Generator) -> Int[Te
     """Draw an index of each row with probability in proportion to its weight; none without weight is drawn."""
     # In float64 a uniform number below 1 times the sum stays below the sum.
     cumulative = weights.double().cumsum(dim=1)
-    if not cumulative[:, -1].isfinite().all():
-        raise InputError("the policy's logits are not finite: its weights hold NaN, or overflowed in this precision")
     uniform = torch.rand(len(weights), 1, dtype=torch.float64, device=weights.device, generator=generator)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
 
