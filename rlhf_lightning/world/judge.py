@@ -13,15 +13,16 @@ from rlhf_lightning.world.topics import facts
 
 Row = Mapping[str, Any]
 
-FAULT = 0.3
-"""What each sentence that earns nothing costs, and a missing end; one as it was asked for earns its share of 1."""
-OTHER_REGISTER = 0.6
-"""What a sentence in the other register earns in place of 1."""
+HALF_RIGHT = 0.5
+"""What a fact costs that is told in the other register, or beyond what was asked, and each sentence left out.
+
+A sentence that is false, of another topic or told before costs 1, as a missing end does.
+"""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge found in a response; all but ``ended`` and ``score`` are numbers of sentences."""
+    """What the judge found in a response; all but ``ended`` and ``score`` count sentences."""
 
     least: int
     """Sentences that the instruction asks for at the least."""
@@ -37,22 +38,19 @@ class Verdict:
     """The facts that these tell; one fact in both registers is one fact."""
     in_register: int
     """How many of these facts are told in the register of the audience."""
-    extra: int
-    """Sentences beyond those asked for."""
+    missing: int
+    """Sentences fewer than those asked for."""
+    surplus: int
+    """Distinct facts beyond those asked for."""
     ended: bool
     """Whether the response ends with a full stop."""
 
     @property
     def score(self) -> float:
-        """What the response is worth, in [-1, 1]; 1 is flawless, and an empty response is -1."""
-        if self.sentences == 0:
-            return -1.0
-        right = min(self.in_register, self.most)
-        off_register = min(self.distinct - self.in_register, self.most - right)
-        # False, of another topic, told before, or beyond what was asked: a sentence that earns nothing is one fault.
-        faults = self.sentences - right - off_register + (not self.ended)
-        earned = right + OTHER_REGISTER * off_register
-        return max(-1.0, earned / max(self.least, right + off_register) - FAULT * faults)
+        """What the response is worth: 0 where it is flawless, less what its faults cost."""
+        wrong = self.sentences - self.distinct + (not self.ended)
+        half_right = (self.distinct - self.in_register) + self.missing + self.surplus
+        return -(wrong + HALF_RIGHT * half_right)
 
 
 class Judge:
@@ -65,15 +63,18 @@ class Judge:
         sentences = _sentences(text)
         true = [facts()[sentence] for sentence in sentences if sentence in facts()]
         on_topic = [fact for fact in true if fact.topic == instruction.topic]
+        least, most = instruction.sentences[0], instruction.sentences[-1]
+        distinct = len({fact.number for fact in on_topic})
         return Verdict(
-            least=instruction.sentences[0],
-            most=instruction.sentences[-1],
+            least=least,
+            most=most,
             sentences=len(sentences),
             true=len(true),
             on_topic=len(on_topic),
-            distinct=len({fact.number for fact in on_topic}),
+            distinct=distinct,
             in_register=len({fact.number for fact in on_topic if fact.register == instruction.register}),
-            extra=max(0, len(sentences) - instruction.sentences[-1]),
+            missing=max(0, least - len(sentences)),
+            surplus=max(0, distinct - most),
             ended=text.endswith("."),
         )
 

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,14 @@ def write_comparisons(
 ) -> dict[str, Any]:
     """Write what the judge, with a person's noise, prefers among responses that ``sample`` draws from a policy.
 
-    Held-out comparisons are of held-out instructions. The result holds the share of their labels that the judge
+    Where there are more comparisons than instructions, each is answered anew. Held-out ones are of held-out
+    instructions. The result holds the share of their labels that the judge
     without noise agrees with, which is the most that a reward model can reach.
     """
     train, held_out = split(seed)
     asked = {
-        "comparisons": shuffled(train, seed)[:comparisons],
-        "comparisons_held_out": shuffled(held_out, seed)[:held_out_comparisons],
+        "comparisons": list(islice(cycle(shuffled(train, seed)), comparisons)),
+        "comparisons_held_out": list(islice(cycle(shuffled(held_out, seed)), held_out_comparisons)),
     }
     result: dict[str, Any] = {}
     for offset, (name, instructions) in enumerate(asked.items()):

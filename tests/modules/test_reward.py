@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import RewardModule
 from rlhf_lightning.modules.reward import wins
 from rlhf_lightning.types import ComparisonBatch
@@ -87,6 +88,34 @@ def test_each_response_is_read_once_however_many_pairs_it_is_in(
     )
     fit(module, [batch(MIXED)], max_steps=1)
     assert sum(rows) == 9
+
+
+@pytest.mark.parametrize("length_groups", [2, 5, 100])
+def test_groups_of_equal_length_have_the_same_loss_and_gradients_with_less_padding(
+    length_groups: int, make: Callable[..., RewardModule]
+) -> None:
+    whole, grouped = make(), make(length_groups=length_groups)
+    read: list[int] = []
+    grouped.reward_model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    losses, gradients = [], []
+    for module in (whole, grouped):
+        module.log_dict = lambda *_, **__: None  # there is no Trainer to log to
+        loss = module.training_step(batch(MIXED, pads=3), 0)
+        loss.backward()
+        losses.append(loss)
+        gradients.append([parameter.grad for parameter in module.parameters()])
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    rows = sorted(len(row) for ranking in MIXED for row in ranking)
+    assert len(read) == min(length_groups, len(rows))
+    assert sum(read) < max(rows) * len(rows)
+
+
+def test_there_must_be_a_group(make: Callable[..., RewardModule]) -> None:
+    with pytest.raises(InputError, match="length_groups=0 must be at least 1"):
+        make(length_groups=0)
 
 
 def test_validation_metrics_are_over_all_pairs_of_all_batches(

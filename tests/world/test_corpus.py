@@ -91,19 +91,19 @@ def test_demonstrations_answer_the_instructions_in_their_order() -> None:
 
 def test_few_demonstrations_are_flawless_and_most_well_below() -> None:
     scores = [verdict.score for verdict in verdicts(Flaws())]
-    assert 0.08 <= sum(score == 1 for score in scores) / len(scores) <= 0.18
-    assert 0.2 <= sum(scores) / len(scores) <= 0.4
+    assert 0.08 <= sum(score == 0 for score in scores) / len(scores) <= 0.18
+    assert -2.5 <= sum(scores) / len(scores) <= -1.5
 
 
 def test_people_without_flaws_answer_flawlessly() -> None:
-    assert {verdict.score for verdict in verdicts(NONE)} == {1.0}
+    assert {verdict.score for verdict in verdicts(NONE)} == {0}
 
 
 @pytest.mark.parametrize(
     ("flaw", "shows"),
     [
-        ("too_long", lambda verdict: verdict.extra > 0),
-        ("too_short", lambda verdict: verdict.sentences < verdict.least),
+        ("too_long", lambda verdict: verdict.surplus > 0),
+        ("too_short", lambda verdict: verdict.missing > 0),
         ("off_register", lambda verdict: verdict.in_register < verdict.distinct),
         ("off_topic", lambda verdict: verdict.on_topic < verdict.true),
     ],
@@ -112,7 +112,7 @@ def test_each_flaw_shows_as_itself_and_costs(flaw: str, shows: Callable[[Verdict
     for verdict in verdicts(Flaws(**{**vars(NONE), flaw: 1.0})):
         # Where one sentence is enough, nothing can be left out.
         assert shows(verdict) == (flaw != "too_short" or verdict.least > 1)
-        assert (verdict.score == 1) == (not shows(verdict))
+        assert (verdict.score == 0) == (not shows(verdict))
 
 
 def test_people_write_true_finished_sentences() -> None:

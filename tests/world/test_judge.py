@@ -9,8 +9,7 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.world.corpus import demonstrations
 from rlhf_lightning.world.instructions import split
 from rlhf_lightning.world.judge import (
-    FAULT,
-    OTHER_REGISTER,
+    HALF_RIGHT,
     Judge,
     ceiling,
     label,
@@ -44,57 +43,54 @@ def sampled(count: int, responses: int, seed: int) -> list[dict]:
     return [{"prompt": one.text, "responses": [rows[i]["response"] for rows in drawn]} for i, one in enumerate(asked)]
 
 
-def test_a_flawless_response_is_exactly_one_in_any_order_and_spacing() -> None:
-    assert score(FEW, FALLS, GROWS) == score(FEW, GROWS, FALLS) == score(FEW, GROWS, FALLS, BEGAN) == 1
-    assert score(BRIEFLY, BEGAN) == score(BRIEFLY, BEGAN, FALLS) == 1
-    assert score(EXPERT, FALLS_TECHNICALLY, GROWS_TECHNICALLY) == 1
-    assert score(f"{FEW}\n", f" {FALLS}\n", f" {GROWS} ") == 1
+def test_a_flawless_response_is_exactly_zero_in_any_order_and_spacing() -> None:
+    assert score(FEW, FALLS, GROWS) == score(FEW, GROWS, FALLS) == score(FEW, GROWS, FALLS, BEGAN) == 0
+    assert score(BRIEFLY, BEGAN) == score(BRIEFLY, BEGAN, FALLS) == 0
+    assert score(EXPERT, FALLS_TECHNICALLY, GROWS_TECHNICALLY) == 0
+    assert score(f"{FEW}\n", f" {FALLS}\n", f" {GROWS} ") == 0
 
 
 def test_the_verdict_counts_what_it_found() -> None:
     verdict = Judge().judge(FEW, f"{FALLS} {GROWS_TECHNICALLY} {FALLS} {BEES} {FALSE} Rain helps")
     assert (verdict.least, verdict.most) == (2, 3)
     assert (verdict.sentences, verdict.true, verdict.on_topic) == (6, 4, 3)
-    assert (verdict.distinct, verdict.in_register, verdict.extra, verdict.ended) == (2, 1, 3, False)
+    assert (verdict.distinct, verdict.in_register, verdict.ended) == (2, 1, False)
+    assert (verdict.missing, verdict.surplus) == (0, 0)
+    short, long = Judge().judge(FEW, FALLS), Judge().judge(BRIEFLY, f"{FALLS} {GROWS} {BEGAN}")
+    assert (short.missing, short.surplus, long.missing, long.surplus) == (1, 0, 0, 1)
 
 
 @pytest.mark.parametrize(
-    ("sentences", "expected"),
+    ("sentences", "cost"),
     [
-        pytest.param([FALLS], 1 / 2, id="too short"),
-        pytest.param([FALLS, GROWS, BEGAN, DROPS], 1 - FAULT, id="too long"),
-        pytest.param([FALLS, GROWS_TECHNICALLY], (1 + OTHER_REGISTER) / 2, id="a sentence off register"),
-        pytest.param([FALLS_TECHNICALLY, GROWS_TECHNICALLY], OTHER_REGISTER, id="all off register"),
-        pytest.param([FALLS, GROWS, BEGAN_TECHNICALLY], (2 + OTHER_REGISTER) / 3, id="one of three off register"),
-        pytest.param([FALLS, GROWS, BEES], 1 - FAULT, id="another topic beside two facts"),
-        pytest.param([FALLS, BEES], 1 / 2 - FAULT, id="another topic"),
-        pytest.param([FALLS, FALSE], 1 / 2 - FAULT, id="false"),
-        pytest.param([FALLS, FALLS], 1 / 2 - FAULT, id="repeated"),
-        pytest.param([FALLS, FALLS_TECHNICALLY], 1 / 2 - FAULT, id="repeated in the other register"),
-        pytest.param([FALLS, GROWS[:-1]], 1 - FAULT, id="no full stop at the end"),
-        pytest.param([FALLS, GROWS, "Rain is"], 1 - 2 * FAULT, id="cut off in one sentence more"),
-        pytest.param([FALLS, GROWS, "."], 1 - FAULT, id="a full stop more"),
+        pytest.param([FALLS], HALF_RIGHT, id="too short"),
+        pytest.param([FALLS, GROWS, BEGAN, DROPS], HALF_RIGHT, id="too long"),
+        pytest.param([FALLS, GROWS_TECHNICALLY], HALF_RIGHT, id="a sentence off register"),
+        pytest.param([FALLS_TECHNICALLY, GROWS_TECHNICALLY], 2 * HALF_RIGHT, id="all off register"),
+        pytest.param([FALLS, GROWS, BEES], 1, id="another topic beside two facts"),
+        pytest.param([FALLS, BEES], 1, id="another topic"),
+        pytest.param([FALLS, FALSE], 1, id="false"),
+        pytest.param([FALLS, FALLS], 1, id="repeated"),
+        pytest.param([FALLS, FALLS_TECHNICALLY], 1, id="repeated in the other register"),
+        pytest.param([FALLS, GROWS[:-1]], 1, id="no full stop at the end"),
+        pytest.param([FALLS, GROWS, "Rain is"], 2, id="cut off in one sentence more"),
+        pytest.param([FALLS, GROWS, "."], 1, id="a full stop more"),
+        pytest.param([FALLS, GROWS, BEGAN, BEES], 1, id="as many facts as asked, and another topic"),
+        pytest.param([FALLS, GROWS, BEGAN, DROPS, BEES], 1 + HALF_RIGHT, id="too long, with another topic"),
     ],
 )
-def test_each_flaw_alone_lowers_the_score(sentences: list[str], expected: float) -> None:
-    assert score(FEW, *sentences) == pytest.approx(expected)
+def test_each_fault_costs_what_it_says(sentences: list[str], cost: float) -> None:
+    assert score(FEW, *sentences) == pytest.approx(-cost)
 
 
 def test_the_register_is_the_one_of_the_audience() -> None:
-    assert score(EXPERT, FALLS, GROWS) == pytest.approx(OTHER_REGISTER)
-
-
-def test_the_better_sentences_are_counted_where_there_are_too_many() -> None:
-    assert score(BRIEFLY, FALLS_TECHNICALLY, GROWS, BEGAN) == pytest.approx(1 - FAULT)
+    assert score(EXPERT, FALLS, GROWS) == pytest.approx(-2 * HALF_RIGHT)
 
 
 @pytest.mark.parametrize("response", ["", "  \n"])
-def test_an_empty_response_is_the_worst(response: str) -> None:
-    assert score(BRIEFLY, response) == -1
-
-
-def test_no_response_is_below_minus_one() -> None:
-    assert score(BRIEFLY, *[FALSE] * 9) == -1
+def test_an_empty_response_is_worse_than_a_false_sentence(response: str) -> None:
+    assert score(BRIEFLY, response) == -(1 + HALF_RIGHT) < score(BRIEFLY, FALSE)
+    assert score(FEW, response) == -(1 + 2 * HALF_RIGHT)
 
 
 def test_what_is_no_instruction_cannot_be_judged() -> None:
@@ -103,7 +99,7 @@ def test_what_is_no_instruction_cannot_be_judged() -> None:
 
 
 def test_the_judge_is_a_reward_function() -> None:
-    assert Judge().score([BRIEFLY, BRIEFLY], [FALLS, ""], column=["a", "b"]) == [1, -1]
+    assert Judge().score([BRIEFLY, BRIEFLY], [FALLS, ""], column=["a", "b"]) == [0, -1 - HALF_RIGHT]
 
 
 @pytest.mark.parametrize("agreement", [0.6, 0.75, 0.95])
