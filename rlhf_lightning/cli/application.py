@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_lightning.cli.interrupts import CTRL_C, Stopped
+from rlhf_lightning.cli.suggestions import CONFIG_PATH, explain
 from rlhf_lightning.errors import InputError
 
-CONFIG_PATH = "pkg://rlhf_lightning.conf"
 INPUT_ERROR = 2
 
 SOURCES = re.compile(r"experiment=|network\.pretrained=|data\.\w+\.path=")
@@ -66,8 +66,6 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         if started:
             raise
-        from rlhf_lightning.cli.suggestions import explain
-
         return _say(explain(error, verb, flags, overrides), INPUT_ERROR)
     except OSError as error:
         if started:

@@ -11,8 +11,9 @@ from omegaconf import DictConfig
 from rlhf_lightning.cli.build import build
 from rlhf_lightning.cli.checks import Config, check, plain
 from rlhf_lightning.cli.console import quieten_libraries
-from rlhf_lightning.cli.generate import SAMPLING_KEYS, check_sampling, device_of, write_rows
+from rlhf_lightning.cli.generate import SAMPLING_KEYS, check_sampling, device_of
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.jsonl import write_rows
 
 if TYPE_CHECKING:
     from rlhf_lightning.data.reading import Row

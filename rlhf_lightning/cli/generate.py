@@ -1,6 +1,5 @@
 """`rlhf generate`: sample responses of a policy."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from rlhf_lightning.cli.build import build
 from rlhf_lightning.cli.checks import Config, check, plain
 from rlhf_lightning.cli.console import quieten_libraries
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.jsonl import write_rows
 
 if TYPE_CHECKING:
     from rlhf_lightning.data.reading import Row
@@ -52,12 +52,6 @@ def device_of(settings: Config) -> str:
     if settings["device"] != "auto":
         return str(settings["device"])
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def write_rows(path: Path, rows: list[Config]) -> None:
-    """Write one JSON object a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def _rows(settings: Config) -> "list[Row]":

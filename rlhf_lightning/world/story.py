@@ -1,11 +1,11 @@
 """The world's data as files: what `rlhf pipeline` reads where the user brings none."""
 
-import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.jsonl import write_rows
 from rlhf_lightning.world.corpus import demonstrations, prompts, raw_text
 from rlhf_lightning.world.instructions import Instruction, split
 from rlhf_lightning.world.judge import ceiling, label
@@ -84,9 +84,3 @@ def write_comparisons(
 def shuffled(instructions: Sequence[Instruction], seed: int) -> list[Instruction]:
     """Return the instructions in an order that depends on the seed."""
     return random.Random(f"order {seed}").sample(instructions, k=len(instructions))
-
-
-def write_rows(file: Path, rows: Iterable[Row]) -> None:
-    """Write one JSON object a line."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
