@@ -97,9 +97,9 @@ def answers_of(model: str, rows: "list[Row]", settings: Config, metric: str) -> 
     from rlhf_lightning.networks import NetworkConfig, load_policy, load_tokenizer
     from rlhf_lightning.rollout.reward import load_reward
 
+    device = device_of(settings)
     network = NetworkConfig(model, dtype=settings["dtype"])
     tokenizer = load_tokenizer(network)
-    device = device_of(settings)
     policy: Any = load_policy(network)
     return answer(
         policy.to(device),
@@ -133,7 +133,8 @@ def reward_accuracy(settings: Config) -> Config:
     from rlhf_lightning.evaluation.evidence import load_reward_module, measure_reward
     from rlhf_lightning.networks import NetworkConfig
 
-    module = load_reward_module(NetworkConfig(settings["reward"], dtype=settings["dtype"])).to(device_of(settings))
+    device = device_of(settings)
+    module = load_reward_module(NetworkConfig(settings["reward"], dtype=settings["dtype"])).to(device)
     batches = comparison_batches(module.required_tokenizer, settings)
     return measure_reward(module, batches).as_dict()
 

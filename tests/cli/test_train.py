@@ -69,6 +69,13 @@ def test_resumed_run_goes_on_from_the_last_checkpoint_and_keeps_the_first_log(ti
     assert epochs == {"1"}
 
 
+def test_callbacks_and_logger_may_be_null(tiny_model: Path) -> None:
+    arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", "output_dir=out", "trainer=cpu"]
+    assert run_verb("train", [*arguments, "callbacks=null", "logger=null", "+trainer.enable_checkpointing=false"]) == 0
+    assert not Path("out/model").exists()
+    assert not Path("out/logs").exists()
+
+
 def test_reward_function_of_a_config_is_called_with_its_settings(tiny_model: Path) -> None:
     def mean_score(scale: float) -> float:
         output_dir = f"out{scale}"
