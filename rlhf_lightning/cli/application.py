@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_lightning.cli.interrupts import CTRL_C, Stopped
+from rlhf_lightning.cli.interrupts import CTRL_C, NOTHING_KEPT, Stopped
 from rlhf_lightning.cli.suggestions import CONFIG_PATH, NOT_COMPOSED, explain
 from rlhf_lightning.errors import InputError
 
@@ -51,7 +51,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
             refusal = _input_error(error)
             if refusal is None:
                 raise
-            raise _Refusal(str(refusal)) from error
+            raise _Refusal("\n".join([str(refusal), *_notes(error)])) from error
 
     # Hydra hides tracebacks and exits by itself unless told otherwise.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -61,7 +61,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     except _Refusal as refusal:
         return _say(str(refusal), INPUT_ERROR)
     except (Stopped, KeyboardInterrupt) as stop:
-        hint = stop.hint if isinstance(stop, Stopped) else "nothing had been started that could be kept"
+        hint = stop.hint if isinstance(stop, Stopped) else NOTHING_KEPT
         return _say(f"\nstopped: {hint}", stop.exit_code if isinstance(stop, Stopped) else CTRL_C)
     except NOT_COMPOSED as error:
         if started:
@@ -132,6 +132,12 @@ def _input_error(error: BaseException) -> InputError | None:
         if not isinstance(cause, InstantiationException | OmegaConfBaseException):
             return None
     return None
+
+
+def _notes(error: BaseException) -> list[str]:
+    """Return what was added to an exception: how to go on."""
+    notes: list[str] = vars(error).get("__notes__", [])
+    return notes
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
