@@ -60,4 +60,5 @@ def _smallest_network() -> "nn.Module":
         num_attention_heads=1,
         pad_token_id=0,
     )
+    config.num_labels = 1
     return LlamaForCausalLM(config)
