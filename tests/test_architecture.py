@@ -11,9 +11,10 @@ import pytest
 import rlhf_lightning
 
 PACKAGE = Path(rlhf_lightning.__file__).parent
-GROUND = {"types", "errors"}
+GROUND = {"types", "errors", "jsonl"}
 MAY_IMPORT = {
     "errors": set(),
+    "jsonl": set(),
     "types": set(),
     "functional": set(),
     "networks": GROUND | {"functional"},

@@ -1,6 +1,5 @@
 """Looking at rollouts while PPO trains: samples to read, and scores that training does not see."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -11,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.jsonl import write_rows
 from rlhf_lightning.types import RewardFunction, ScoredRollout
 
 COLUMNS = ["step", "prompt", "response", "score"]
@@ -54,7 +54,8 @@ class SampleTable(Callback):
         if rollout is None or not trainer.is_global_zero:
             return
         rows = sample_rows(rollout, step=step, num_samples=self.num_samples)
-        append_rows(rows, Path(folder or trainer.default_root_dir) / "samples.jsonl")
+        file = Path(folder or trainer.default_root_dir) / "samples.jsonl"
+        write_rows(file, [dict(zip(COLUMNS, row, strict=True)) for row in rows], mode="a")
         for logger in trainer.loggers:
             log_samples(logger, rows, step=step)
 
@@ -85,14 +86,6 @@ def sample_rows(rollout: ScoredRollout, *, step: int, num_samples: int) -> list[
     """Return `COLUMNS` of the first responses of a rollout; prompts as the policy reads them."""
     found = zip(rollout.texts, rollout.responses, rollout.scores.tolist(), strict=True)
     return [(step, prompt, response, score) for prompt, response, score in list(found)[:num_samples]]
-
-
-def append_rows(rows: Sequence[Row], path: Path) -> None:
-    """Append the rows as JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) for row in rows]
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(f"{line}\n" for line in lines))
 
 
 def log_samples(logger: Logger, rows: Sequence[Row], *, step: int) -> None:

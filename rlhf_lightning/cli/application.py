@@ -11,14 +11,14 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_lightning.cli.interrupts import CTRL_C, Stopped
+from rlhf_lightning.cli.interrupts import CTRL_C, NOTHING_KEPT, Stopped
+from rlhf_lightning.cli.suggestions import CONFIG_PATH, NOT_COMPOSED, explain
 from rlhf_lightning.errors import InputError
 
-CONFIG_PATH = "pkg://rlhf_lightning.conf"
 INPUT_ERROR = 2
 
 SOURCES = re.compile(r"experiment=|network\.pretrained=|data\.\w+\.path=")
@@ -51,7 +51,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
             refusal = _input_error(error)
             if refusal is None:
                 raise
-            raise _Refusal(str(refusal)) from error
+            raise _Refusal("\n".join([str(refusal), *_notes(error)])) from error
 
     # Hydra hides tracebacks and exits by itself unless told otherwise.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -61,13 +61,11 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     except _Refusal as refusal:
         return _say(str(refusal), INPUT_ERROR)
     except (Stopped, KeyboardInterrupt) as stop:
-        hint = stop.hint if isinstance(stop, Stopped) else "nothing had been started that could be kept"
+        hint = stop.hint if isinstance(stop, Stopped) else NOTHING_KEPT
         return _say(f"\nstopped: {hint}", stop.exit_code if isinstance(stop, Stopped) else CTRL_C)
-    except (HydraException, OmegaConfBaseException) as error:
+    except NOT_COMPOSED as error:
         if started:
             raise
-        from rlhf_lightning.cli.suggestions import explain
-
         return _say(explain(error, verb, flags, overrides), INPUT_ERROR)
     except OSError as error:
         if started:
@@ -93,9 +91,12 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _readable(override: str) -> str:
-    """Return a prompt so quoted that Hydra takes it as it is: people write commas, colons and brackets."""
+    """Return an override as Hydra can take it: a prompt in quotation marks, callbacks or logger of null as none."""
     key, _, value = override.partition("=")
-    return f"prompt={quoted(value)}" if key == "prompt" and value[:1] not in ("", "'", '"') else override
+    if key in ("callbacks", "logger") and value == "null":
+        return f"{key}=none"
+    text = key == "prompt" and value not in ("", "null") and value[0] not in "'\""
+    return f"prompt={in_quotes(value)}" if text else override
 
 
 def _command_of_this_job(program: str, verb: str, flags: Sequence[str]) -> list[str]:
@@ -108,8 +109,11 @@ def _command_of_this_job(program: str, verb: str, flags: Sequence[str]) -> list[
 
 def quoted(value: str) -> str:
     """Return ``value`` as one text in the grammar of Hydra's overrides."""
-    if re.fullmatch(r"[\w./:-]+", value):
-        return value
+    return value if re.fullmatch(r"[\w./:-]+", value) else in_quotes(value)
+
+
+def in_quotes(value: str) -> str:
+    """Return ``value`` between quotation marks, which make a text also of a number, true or null."""
     # Backslashes count only in front of a quotation mark.
     escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
     return f"'{escaped}'"
@@ -128,6 +132,12 @@ def _input_error(error: BaseException) -> InputError | None:
         if not isinstance(cause, InstantiationException | OmegaConfBaseException):
             return None
     return None
+
+
+def _notes(error: BaseException) -> list[str]:
+    """Return what was added to an exception: how to go on."""
+    notes: list[str] = vars(error).get("__notes__", [])
+    return notes
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -11,10 +11,13 @@ from omegaconf import DictConfig
 from rlhf_lightning.cli.build import build
 from rlhf_lightning.cli.checks import Config, check, plain
 from rlhf_lightning.cli.console import quieten_libraries
-from rlhf_lightning.cli.generate import SAMPLING_KEYS, check_sampling, device_of, write_rows
+from rlhf_lightning.cli.generate import SAMPLING_KEYS, check_sampling, device_of
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.jsonl import write_rows
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from rlhf_lightning.data.reading import Row
     from rlhf_lightning.evaluation.policies import Answers
 
@@ -68,8 +71,12 @@ def metric_of(settings: Config) -> str:
 
 
 def evaluate_policies(settings: Config, policies: dict[str, str], metric: str, folder: Path) -> Config:
-    """Return the mean score of each policy with its 95 % interval, and write all responses."""
-    from rlhf_lightning.cli.prompts import read_prompts
+    """Return the mean score of each policy with its 95 % interval, and write all responses.
+
+    Where all rows have a response, the policy's perplexity of these is measured too.
+    """
+    from rlhf_lightning.cli.prompts import read_prompts, response_batches
+    from rlhf_lightning.evaluation.policies import perplexity
     from rlhf_lightning.evaluation.text_metrics import rouge_l
     from rlhf_lightning.evaluation.win_rate import mean_interval
 
@@ -77,11 +84,16 @@ def evaluate_policies(settings: Config, policies: dict[str, str], metric: str, f
     references = references_of(rows) if metric == "rouge_l" else None
     results: Config = {}
     written: list[Config] = [{"prompt": row.fields["prompt"]} for row in rows]
+    answered = all(isinstance(row.fields.get("response"), str) for row in rows)
     for name, model in policies.items():
-        answers = answers_of(model, rows, settings, metric)
+        policy, tokenizer = load(model, settings)
+        answers = answers_of(policy, tokenizer, rows, settings, metric)
         scores = answers.scores if references is None else rouge_l(answers.responses, references)
         assert scores is not None
         results[name] = {"score": asdict(mean_interval(scores)), "ended": fmean(answers.ended), "prompts": len(rows)}
+        if answered:
+            batches = response_batches(rows, policy, tokenizer, settings)
+            results[name]["perplexity"] = perplexity(policy, tokenizer, batches)
         for row, response, score in zip(written, answers.responses, scores, strict=True):
             row[name] = {"response": response, "score": score}
     write_rows(folder / "responses.jsonl", written)
@@ -89,25 +101,36 @@ def evaluate_policies(settings: Config, policies: dict[str, str], metric: str, f
     return results
 
 
-def answers_of(model: str, rows: "list[Row]", settings: Config, metric: str) -> "Answers":
+def load(model: str, settings: Config) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Return a policy on its device, and its tokenizer."""
+    from rlhf_lightning.networks import NetworkConfig, load_policy, load_tokenizer
+
+    device = device_of(settings)
+    network = NetworkConfig(model, dtype=settings["dtype"])
+    policy: Any = load_policy(network)
+    return policy.to(device), load_tokenizer(network)
+
+
+def answers_of(
+    policy: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: "list[Row]",
+    settings: Config,
+    metric: str,
+) -> "Answers":
     """Return the responses that a policy samples to the rows, scored where the metric is a reward."""
     from rlhf_lightning.cli.prompts import prompt_batches
     from rlhf_lightning.evaluation.policies import answer
-    from rlhf_lightning.networks import NetworkConfig, load_policy, load_tokenizer
     from rlhf_lightning.rollout.reward import load_reward
 
-    network = NetworkConfig(model, dtype=settings["dtype"])
-    tokenizer = load_tokenizer(network)
-    device = device_of(settings)
-    policy: Any = load_policy(network)
     return answer(
-        policy.to(device),
+        policy,
         tokenizer,
         prompt_batches(rows, policy, tokenizer, settings),
         max_new_tokens=settings["max_new_tokens"],
         temperature=settings["temperature"],
         seed=settings["seed"],
-        reward=load_reward(settings["reward"], tokenizer).to(device) if metric == "reward" else None,
+        reward=load_reward(settings["reward"], tokenizer).to(policy.device) if metric == "reward" else None,
     )
 
 
@@ -132,7 +155,8 @@ def reward_accuracy(settings: Config) -> Config:
     from rlhf_lightning.evaluation.evidence import load_reward_module, measure_reward
     from rlhf_lightning.networks import NetworkConfig
 
-    module = load_reward_module(NetworkConfig(settings["reward"], dtype=settings["dtype"])).to(device_of(settings))
+    device = device_of(settings)
+    module = load_reward_module(NetworkConfig(settings["reward"], dtype=settings["dtype"])).to(device)
     batches = comparison_batches(module.required_tokenizer, settings)
     return measure_reward(module, batches).as_dict()
 
@@ -144,9 +168,11 @@ def say(evaluation: Config, folder: Path) -> None:
 
     console = Console()
     if "policies" in evaluation:
-        table = Table("policy", evaluation["metric"], "95 %", "with an end token", "prompts")
+        table = Table("policy", evaluation["metric"], "95 %", "with an end token", "perplexity", "prompts")
         for name, result in evaluation["policies"].items():
-            table.add_row(name, *_columns(result["score"]), f"{result['ended']:.0%}", str(result["prompts"]))
+            perplexity = f"{result['perplexity']:.2f}" if "perplexity" in result else "–"
+            ended = f"{result['ended']:.0%}"
+            table.add_row(name, *_columns(result["score"]), ended, perplexity, str(result["prompts"]))
         console.print(table)
     if "reward_model" in evaluation:
         card = evaluation["reward_model"]

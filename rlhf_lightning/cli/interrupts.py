@@ -1,4 +1,4 @@
-"""What is said when a run is stopped: what is kept, and the command that goes on from there."""
+"""What is said when a run ends early: what is kept, and the command that goes on from there."""
 
 import shlex
 import sys
@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 CTRL_C = 130
 TERMINATED = 143
+
+
+NOTHING_KEPT = "nothing had been finished that could be kept"
 
 
 class Stopped(BaseException):
@@ -19,8 +22,10 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def resumable(hint: Callable[[], str]) -> Iterator[None]:
-    """Say the text of ``hint`` when the block is stopped by Ctrl-C or by SIGTERM.
+def resumable(hint: Callable[[], str | None]) -> Iterator[None]:
+    """Say the text of ``hint`` when the block is stopped by Ctrl-C or by SIGTERM, or fails; None where nothing is kept.
+
+    To an error it is added as a note, which Python prints below the traceback.
 
     Lightning answers Ctrl-C with ``sys.exit(1)`` and SIGTERM with a subclass of ``SystemExit``: both lose the exit
     code that a shell expects. An inner ``resumable`` has the last word.
@@ -28,12 +33,16 @@ def resumable(hint: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        raise Stopped(hint(), CTRL_C) from stop
+        raise Stopped(hint() or NOTHING_KEPT, CTRL_C) from stop
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):
-            raise Stopped(hint(), CTRL_C) from stop
+            raise Stopped(hint() or NOTHING_KEPT, CTRL_C) from stop
         if type(stop).__name__ == "SIGTERMException":
-            raise Stopped(hint(), TERMINATED) from stop
+            raise Stopped(hint() or NOTHING_KEPT, TERMINATED) from stop
+        raise
+    except Exception as error:
+        if kept := hint():
+            error.add_note(kept)
         raise
 
 

@@ -1,6 +1,7 @@
 """`rlhf pipeline`: fine-tuning, reward model, PPO and the report, each stage reading the folder of the one before."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,18 +10,21 @@ from omegaconf import DictConfig
 from rlhf_lightning.cli.build import build, build_all
 from rlhf_lightning.cli.checks import Config, check, plain
 from rlhf_lightning.cli.console import quieten_libraries
-from rlhf_lightning.cli.interrupts import resumable
+from rlhf_lightning.cli.interrupts import resumable, this_command
+from rlhf_lightning.cli.rehearsal import bare_trainer, look_at_rows, rehearse
 from rlhf_lightning.cli.stages import Records, run_stage
 from rlhf_lightning.cli.train import ROOT_KEYS as TRAIN_KEYS
 from rlhf_lightning.cli.train import build_trainer, closing_loggers, log_settings
 from rlhf_lightning.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from lightning import LightningDataModule, LightningModule
     from lightning.pytorch.callbacks import Callback
 
     from rlhf_lightning.networks import NetworkConfig
     from rlhf_lightning.types import RewardFunction
+    from rlhf_lightning.world import World
 
 ROOT_KEYS = [*TRAIN_KEYS, "world", "evaluate"]
 
@@ -42,7 +46,7 @@ def run(config: DictConfig) -> None:
     check(settings, known=ROOT_KEYS)
     quieten_libraries()
     pipeline = Pipeline(settings)
-    with resumable(lambda: f"finished stages are kept in {pipeline.folder}; the same command goes on after them"):
+    with resumable(pipeline.how_to_go_on):
         pipeline.run()
 
 
@@ -59,7 +63,7 @@ def wire(settings: Config) -> None:
             data[stage] |= {name: str(folder / "data" / file) for name, file in files.items()}
         settings["network"]["pretrained"] = str(folder / "initial")
     _check_sources(settings)
-    _check_held_out(settings)
+    _check_validation(settings)
     model = settings["network"]["pretrained"]
     for stage in ("pretrain", "sft", "reward", "ppo"):
         module[stage]["model"] = {**settings["network"], "pretrained": model}
@@ -97,10 +101,7 @@ def _check_sources(settings: Config) -> None:
         )
 
 
-def _check_held_out(settings: Config) -> None:
-    for name in ("prompts", "samples"):
-        if settings["evaluate"][name] < 1:
-            raise InputError(f"evaluate.{name}={settings['evaluate'][name]} must be at least 1")
+def _check_validation(settings: Config) -> None:
     for stage in ("reward", "ppo"):
         data = settings["data"][stage]
         if data["path"] is not None and not (data["val_fraction"] or data["val_path"] or data["val_split"]):
@@ -110,12 +111,30 @@ def _check_held_out(settings: Config) -> None:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How the policies are compared at the end; raises `InputError` where a number is below 1."""
+
+    prompts: int
+    """Held-out prompts, at most."""
+    samples: int
+    """Those of them that are shown in the report."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, number in vars(self).items():
+            if number < 1:
+                raise InputError(f"evaluate.{name}={number} must be at least 1")
+
+
 class Pipeline:
     """The stages in order, each run once and skipped where it is complete."""
 
     def __init__(self, settings: Config) -> None:
-        """Take settings that `wire` has filled in."""
+        """Take settings that `wire` has filled in; raises `InputError` where those of world or evaluation are wrong."""
         self.settings = settings
+        self.evaluation: Evaluation = build("evaluate", settings["evaluate"])
+        self.world: World | None = None if settings["world"] is None else build("world", settings["world"])
         self.folder = Path(settings["output_dir"])
         self.records = Records(self.folder / "stages")
         self.done: dict[str, Config] = {}
@@ -123,38 +142,59 @@ class Pipeline:
 
     def run(self) -> None:
         """Run the stages and write the report."""
-        if self.settings["world"] is not None:
-            self._make_world()
-        for stage in ("pretrain", "sft", "reward", "ppo"):
-            if stage not in self.settings["module"]:
-                continue
-            if stage == "reward" and self.settings["world"] is not None:
-                self._compare()
+        self._look_ahead()
+        if self.world is not None:
+            self._make_world(self.world)
+        for stage in self.settings["module"]:
+            if stage == "reward" and self.world is not None:
+                self._compare(self.world)
             self._train(stage)
         self._evaluate()
         self._report()
 
-    def _make_world(self) -> None:
+    def how_to_go_on(self) -> str | None:
+        """Return what is kept of a run that ended early, and the command that goes on after it; None for nothing."""
+        if not any(self.records.folder.glob("*.json")):
+            return None
+        return f"finished stages are kept in {self.folder}; go on after them with\n  {this_command()}"
+
+    def _look_ahead(self) -> None:
+        """Raise `InputError` where a stage that is still to run could not start, before any of them trains."""
+        from rlhf_lightning.networks import load_tokenizer
+        from rlhf_lightning.rollout.reward import load_reward
+
+        module = self.settings["module"]
+        stages = [stage for stage in module if self.records.read(stage) is None]
+        data = {stage: rehearse(stage, self.settings) for stage in stages}
+        if self.world is not None or not stages:
+            return
+        tokenizer = load_tokenizer(build("network", next(iter(module.values()))["model"]))
+        for stage in stages:
+            look_at_rows(stage, data[stage], tokenizer)
+        if "reward" not in module:
+            load_reward(self._reward(), tokenizer)
+
+    def _make_world(self, world: "World") -> None:
         from rlhf_lightning.world.story import write_world
 
-        world, seed = self.settings["world"], self.settings["seed"]
+        seed = self.settings["seed"]
         self._stage(
             "world",
-            {"world": world, "seed": seed},
-            lambda: write_world(self.folder, seed=seed, **world),
+            {"world": self.settings["world"], "seed": seed},
+            lambda: write_world(self.folder, world, seed=seed),
             outputs=[self.folder / "data", self.folder / "initial"],
         )
 
-    def _compare(self) -> None:
+    def _compare(self, world: "World") -> None:
         """Let the world's judge rank what the fine-tuned policy samples."""
         from rlhf_lightning.world.story import write_comparisons
 
-        world, seed = self.settings["world"], self.settings["seed"]
+        seed = self.settings["seed"]
         policy = self.settings["module"]["reward"]["model"]["pretrained"]
         self._stage(
             "comparisons",
-            {"world": world, "seed": seed, "sampling": self._sampling()},
-            lambda: write_comparisons(self.folder / "data", self._sampler(policy), seed=seed, **world),
+            {"world": self.settings["world"], "seed": seed, "sampling": self._sampling()},
+            lambda: write_comparisons(self.folder / "data", world, self._sampler(policy), seed=seed),
             outputs=[self.folder / "data" / file for file in WORLD_FILES["reward"].values()],
         )
 
@@ -168,6 +208,7 @@ class Pipeline:
             settings,
             lambda: train(self.settings | settings, stage, self.folder, callbacks),
             outputs=[self.folder / stage],
+            inputs=self._files(stage),
         )
 
     def _onlookers(self) -> "list[Callback]":
@@ -180,7 +221,7 @@ class Pipeline:
     def _judge(self) -> "RewardFunction | None":
         from rlhf_lightning.world import Judge
 
-        return None if self.settings["world"] is None else Judge().score
+        return None if self.world is None else Judge().score
 
     def _evaluate(self) -> None:
         settings = {
@@ -190,22 +231,27 @@ class Pipeline:
             "data": self.settings["data"]["ppo"],
         }
         self.evaluated_now = self.records.read("evaluate") is None
-        self._stage("evaluate", settings, self._gather)
+        inputs = [file for stage in ("reward", "ppo") for file in self._files(stage)]
+        self._stage("evaluate", settings, self._gather, inputs=inputs)
 
     def _gather(self) -> Config:
         """Let the judge and the reward compare the policies on held-out prompts, and measure the reward model."""
         from rlhf_lightning.evaluation.evidence import gather_answers, load_reward_module, measure_reward
 
+        module = self.settings["module"]
         found = gather_answers(
             self._policies(),
             self._held_out_prompts,
             reward=self._reward(),
             judge=self._judge(),
             seed=self.settings["seed"],
+            reference=self._reference(),
+            device=self._device(),
             **self._sampling(),
         )
-        if "reward" in self.settings["module"]:
-            model = load_reward_module(self.folder / "reward")
+        if "reward" in module:
+            network = module["reward"]["model"] | {"pretrained": str(self.folder / "reward")}
+            model = load_reward_module(build("network", network)).to(self._device())
             data = build("data.reward", self.settings["data"]["reward"], tokenizer=model.tokenizer)
             data.setup("validate")
             found["reward_card"] = measure_reward(model, data.val_dataloader()).as_dict()
@@ -216,26 +262,31 @@ class Pipeline:
         return build("module.ppo.reward", reward) if isinstance(reward, dict) else reward
 
     def _policies(self) -> "dict[str, NetworkConfig]":
-        """Return the networks to compare: before fine-tuning, before PPO (which is PPO's reference), and after."""
+        """Return the networks to compare: before fine-tuning if there is any, PPO's reference, and after PPO."""
         module = self.settings["module"]
-        first, reference = next(iter(module.values()))["model"], module["ppo"]["model"]
-        started = str(self.folder / "pretrain") if "pretrain" in module else first["pretrained"]
-        nodes = {
-            "pretrained": first | {"pretrained": started},
-            "sft": reference,
-            "ppo": reference | {"pretrained": str(self.folder / "ppo")},
-        }
-        if started == reference["pretrained"]:
-            del nodes["pretrained"]
+        reference = module["ppo"]["model"]
+        nodes = {self._reference(): reference, "ppo": reference | {"pretrained": str(self.folder / "ppo")}}
+        if "sft" in module:
+            nodes = {"pretrained": module["sft"]["model"], **nodes}
         return {name: build("network", node) for name, node in nodes.items()}
 
+    def _reference(self) -> str:
+        """Return how the policy that PPO starts from is called: after the stage that made it, if one did."""
+        names = {"sft": "sft", "pretrain": "pretrained"}
+        return next((name for stage, name in names.items() if stage in self.settings["module"]), "start")
+
+    def _device(self) -> "torch.device":
+        """Return the device of PPO's Trainer: there responses are sampled outside of training too."""
+        return bare_trainer("trainer.ppo", self.settings["trainer"]["ppo"]).strategy.root_device
+
     def _held_out_prompts(self, tokenizer: Any, max_length: int | None) -> list[Any]:
-        """Return PPO's validation prompts, whole batches until there are ``evaluate.prompts``."""
-        batches = self._prompts({"max_prompt_length": max_length}, tokenizer)
+        """Return the first ``evaluate.prompts`` of PPO's validation prompts."""
+        lengths = [self.settings["data"]["ppo"]["max_prompt_length"], max_length]
+        longest = min((length for length in lengths if length is not None), default=None)
+        batches = self._prompts({"max_prompt_length": longest}, tokenizer, count=self.evaluation.prompts)
         if not batches:
             raise InputError("data.ppo leaves no held-out prompt to compare the policies on")
-        count = self.settings["evaluate"]["prompts"]
-        return batches[: -(-count // self.settings["data"]["ppo"]["batch_size"])]
+        return batches
 
     def _sampler(self, policy: str) -> "Callable[[Sequence[Any], int], list[str]]":
         """Return the function that samples a response of the policy to the prompt of each row."""
@@ -243,19 +294,24 @@ class Pipeline:
         from rlhf_lightning.networks import load_policy, load_tokenizer
 
         def sample(rows: "Sequence[Any]", seed: int) -> list[str]:
-            network, tokenizer = load_policy(policy), load_tokenizer(policy)
-            batches = self._prompts({"batch_size": SAMPLING_BATCH}, tokenizer, rows=rows)
-            return answer(network, tokenizer, batches, seed=seed, **self._sampling()).responses
+            network: Any = load_policy(policy)
+            tokenizer = load_tokenizer(policy)
+            changes = {"batch_size": SAMPLING_BATCH, "max_prompt_length": None}
+            batches = self._prompts(changes, tokenizer, rows=rows)
+            return answer(network.to(self._device()), tokenizer, batches, seed=seed, **self._sampling()).responses
 
         return sample
 
-    def _prompts(self, changes: Config, tokenizer: Any, rows: "Sequence[Any] | None" = None) -> list[Any]:
-        """Return the validation prompts of PPO's data, or those of other rows, with some of its settings changed."""
+    def _prompts(
+        self, changes: Config, tokenizer: Any, *, rows: "Sequence[Any] | None" = None, count: int | None = None
+    ) -> list[Any]:
+        """Return the first ``count`` validation prompts of PPO's data, or of other rows, with some settings changed."""
         data = build("data.ppo", self.settings["data"]["ppo"] | changes, tokenizer=tokenizer)
         if rows is not None:
             # Not through the config: Hydra walks through every value of a node, some milliseconds a row.
             data.path, data.val_path = rows[:1], rows
         data.setup("validate")
+        data.val_items = data.val_items[:count]
         return list(data.val_dataloader())
 
     def _sampling(self) -> Config:
@@ -263,10 +319,29 @@ class Pipeline:
         ppo = self.settings["module"]["ppo"]
         return {"max_new_tokens": ppo["max_new_tokens"], "temperature": ppo["temperature"]}
 
+    def _files(self, stage: str) -> list[Path]:
+        """Return the files that a stage reads: those of its data, and that of a reward function."""
+        if stage not in self.settings["module"]:
+            return []
+        data = self.settings["data"][stage]
+        sources = [data["path"], data["val_path"]]
+        if stage == "ppo" and isinstance(reward := self.settings["module"]["ppo"]["reward"], str):
+            sources.append(reward.rpartition(":")[0])
+        paths = [Path(source).expanduser() for source in sources if source]
+        return [file for path in paths for file in ([path] if path.is_file() else _data_files(path))]
+
     def _stage(
-        self, name: str, settings: Config, body: Callable[[], Config], *, outputs: "Sequence[Path]" = ()
+        self,
+        name: str,
+        settings: Config,
+        body: Callable[[], Config],
+        *,
+        outputs: "Sequence[Path]" = (),
+        inputs: "Sequence[Path]" = (),
     ) -> None:
-        self.done[name] = run_stage(self.records, name, settings, body, outputs=outputs, before=self.done)
+        self.done[name] = run_stage(
+            self.records, name, settings, body, outputs=outputs, inputs=inputs, before=self.done
+        )
 
     def _report(self) -> None:
         from rlhf_lightning.evaluation.report import write_report
@@ -275,8 +350,8 @@ class Pipeline:
         report = summarise(
             self.done,
             seed=self.settings["seed"],
-            judge="reward model" if self.settings["world"] is None else "world",
-            samples=self.settings["evaluate"]["samples"],
+            judge=self.done["evaluate"]["result"]["scored_by"] if self.world is None else "world",
+            samples=self.evaluation.samples,
         )
         page = write_report(report, self.folder)
         if self.evaluated_now:
@@ -293,6 +368,13 @@ class Pipeline:
         with closing_loggers(loggers):
             log_headline(loggers, report)
             log_figures(loggers, report_figures(report))
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Return the data files in a folder; none where it does not exist, as that of a name on the hub."""
+    from rlhf_lightning.data.reading import SUFFIXES
+
+    return sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
 
 
 def train(settings: Config, stage: str, folder: Path, callbacks: "list[Callback]") -> Config:
@@ -342,6 +424,6 @@ def say(folder: Path, page: Path, report: Config) -> None:
         *(f"{name:<12}wins {rate['mean']:.0%} [{rate['low']:.0%}, {rate['high']:.0%}]" for name, rate in rates),
         "",
         f"{'prompt':<12}{sample['prompt']}",
-        *(f"{name:<12}{sample['responses'][name]}" for name in ("sft", "ppo")),
+        *(f"{name:<12}{sample['responses'][name]}" for name in (report["ppo"]["reference"], "ppo")),
     ]
     Console(highlight=False).print("\n".join(lines), markup=False, soft_wrap=True)

@@ -6,10 +6,17 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from rlhf_lightning.cli.checks import Config
-from rlhf_lightning.data import PPODataModule, RewardDataModule, Row, read_natural_instructions, read_rows
+from rlhf_lightning.data import (
+    PPODataModule,
+    RewardDataModule,
+    Row,
+    SFTDataModule,
+    read_natural_instructions,
+    read_rows,
+)
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks import max_positions
-from rlhf_lightning.types import ComparisonBatch, PromptBatch
+from rlhf_lightning.types import ComparisonBatch, PromptBatch, SFTBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +53,13 @@ def prompt_batches(
     return batches
 
 
+def response_batches(
+    rows: list[Row], policy: nn.Module, tokenizer: "PreTrainedTokenizerBase", settings: Config
+) -> list[SFTBatch]:
+    """Return the rows with their responses as batches; what the policy has no positions for is dropped, and counted."""
+    return _all_batches(SFTDataModule, rows, tokenizer, settings, max_length=max_positions(policy))
+
+
 def comparison_batches(tokenizer: "PreTrainedTokenizerBase", settings: Config) -> list[ComparisonBatch]:
     """Return the comparisons of ``reward_data.path`` as batches of at most ``batch_size`` prompts, in their order."""
     rows = read_rows(settings["reward_data"]["path"], split="test", setting="reward_data.path")
@@ -53,10 +67,11 @@ def comparison_batches(tokenizer: "PreTrainedTokenizerBase", settings: Config) -
 
 
 def _all_batches(
-    data_module: type[PPODataModule | RewardDataModule],
+    data_module: type[PPODataModule | RewardDataModule | SFTDataModule],
     rows: list[Row],
     tokenizer: "PreTrainedTokenizerBase",
     settings: Config,
+    **more: Any,
 ) -> list[Any]:
     # Validation is what a DataModule reads whole and in order.
     fields = [row.fields for row in rows]
@@ -66,6 +81,7 @@ def _all_batches(
         tokenizer=tokenizer,
         prompt_template=settings["prompt_template"],
         batch_size=settings["batch_size"],
+        **more,
     )
     data.setup("validate")
     return list(data.val_dataloader())

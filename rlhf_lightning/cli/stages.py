@@ -1,5 +1,6 @@
 """A stage of the pipeline: run once, recorded when it is complete, skipped when it is met again."""
 
+import hashlib
 import json
 import resource
 import sys
@@ -50,23 +51,27 @@ def run_stage(
     *,
     outputs: Sequence[Path],
     before: Collection[str],
+    inputs: Sequence[Path] = (),
 ) -> Config:
     """Return the record of a stage: the stored one, or that of running ``body``, whose result is its ``result``.
 
-    A stage is complete while its record and all its ``outputs`` are there; where one is gone, only the stages
-    ``before`` it stay complete, since the others were made from what it wrote. Raises `InputError` where it was
-    completed with other settings: nothing of another run is mixed in silently.
+    A stage is complete while its record and all its ``outputs`` are there, and none of the files that it read, its
+    ``inputs``, holds anything else by now. Otherwise only the stages ``before`` it stay complete, since the others were
+    made from what it wrote. Raises `InputError` where it was completed with other settings: nothing of another run is
+    mixed in silently.
     """
     # As it will be read back: tuples are lists there.
     settings = json.loads(json.dumps(settings))
+    contents = {str(path): digest(path) for path in inputs}
     stored = records.read(stage)
     if stored is not None:
         _check_same(records, stage, stored["settings"], settings)
-        lost = [path for path in outputs if not path.exists()]
-        if not lost:
+        reasons = [f"{path} is gone" for path in outputs if not path.exists()]
+        reasons += [f"{path} has changed" for path in contents if stored["inputs"].get(path) != contents[path]]
+        if not reasons:
             print(f"\n=== {stage}: complete already, skipped", flush=True)
             return stored
-        print(f"\n=== {stage}: {lost[0]} is gone, so it and what follows run again", flush=True)
+        print(f"\n=== {stage}: {reasons[0]}, so it and what follows run again", flush=True)
         records.keep_only(before)
     else:
         print(f"\n=== {stage}", flush=True)
@@ -77,10 +82,17 @@ def run_stage(
         "seconds": round(time.perf_counter() - start, 2),
         "peak_memory_gb": peak_memory_gb(),
         "settings": settings,
+        "inputs": contents,
         "result": result,
     }
     records.write(stage, record)
     return record
+
+
+def digest(file: Path) -> str:
+    """Return a hash of what the file holds: its time would also change with a copy or a checkout."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()[:32]
 
 
 def peak_memory_gb() -> float:

@@ -15,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIG_PATH = "pkg://rlhf_lightning.conf"
+NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)
+"""What Hydra raises where a command line makes no config; the last for a group that is null."""
 
 
 def explain(error: Exception, verb: str, flags: Sequence[str], overrides: Sequence[str]) -> str:
@@ -24,7 +26,7 @@ def explain(error: Exception, verb: str, flags: Sequence[str], overrides: Sequen
     """
     try:
         return _blame(verb, flags, overrides) or _in_hydras_words(error)
-    except (HydraException, OmegaConfBaseException):
+    except NOT_COMPOSED:
         return _in_hydras_words(error)
 
 
@@ -42,7 +44,7 @@ def _blame(verb: str, flags: Sequence[str], overrides: Sequence[str]) -> str | N
     for override in parsed:
         try:
             _compose(loader, config_name, [*kept, str(override.input_line)])
-        except (HydraException, OmegaConfBaseException) as error:
+        except NOT_COMPOSED as error:
             config = _compose(loader, config_name, kept)
             return _message(verb, loader, config, override) or _in_hydras_words(error)
         kept.append(str(override.input_line))

@@ -79,7 +79,8 @@ def checkpoint(ckpt_path: str | None, output_dir: str) -> str | None:
 
 def last_checkpoint(output_dir: str) -> Path | None:
     """Return the newest checkpoint below ``output_dir``."""
-    checkpoints = Path(output_dir).glob("checkpoints/*.ckpt")
+    # While a new checkpoint takes the place of the old one, last.ckpt is a link to nothing.
+    checkpoints = (path for path in Path(output_dir).glob("checkpoints/*.ckpt") if path.exists())
     return max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -127,11 +128,10 @@ def objective(trainer: "Trainer") -> float | None:
     return None
 
 
-def _how_to_go_on(settings: Config) -> str:
-    output_dir = settings["output_dir"]
-    last = last_checkpoint(output_dir)
+def _how_to_go_on(settings: Config) -> str | None:
+    last = last_checkpoint(settings["output_dir"])
     if last is None:
-        return f"no checkpoint had been written to {output_dir} yet"
+        return None
     return f"the last checkpoint is {last}; go on with\n  {this_command('ckpt_path=last')}"
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from rlhf_lightning.evaluation.policies import answer, with_responses
 from rlhf_lightning.evaluation.reward_card import RewardCard, reward_card
 from rlhf_lightning.functional.losses import ranked_pairs
 from rlhf_lightning.modules import RewardModule
 from rlhf_lightning.networks import NetworkConfig, load_policy, load_tokenizer, max_positions
-from rlhf_lightning.rollout.reward import Reward, load_reward
+from rlhf_lightning.rollout.reward import FunctionReward, Reward, load_reward
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, RewardFunction
 
 if TYPE_CHECKING:
@@ -33,28 +34,31 @@ def gather_answers(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    reference: str = "sft",
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Return prompts, demonstrations, and each policy's responses with the scores of reward and judge.
 
-    ``policies`` are networks by name; the KL of each is measured to the one named "sft". Demonstrations count only
-    where every prompt has one.
+    ``policies`` are networks by name; the KL of each is measured to the one named ``reference``. Demonstrations count
+    only where every prompt has one.
     """
-    found: dict[str, Any] = {"responses": {}, "scores": {}, "kl": {}}
-    reference = load_policy(policies["sft"]).eval()
+    found: dict[str, Any] = {"reference": reference, "responses": {}, "scores": {}, "kl": {}}
+    reference_policy: Any = load_policy(policies[reference])
+    reference_policy = reference_policy.eval().to(device)
     for name, network in policies.items():
-        policy, tokenizer = load_policy(network), load_tokenizer(network)
-        positions = max_positions(policy)
-        batches = prompts(tokenizer, None if positions is None else positions - max_new_tokens)
-        scorer = load_reward(reward, tokenizer)
+        policy: Any = load_policy(network)
+        tokenizer = load_tokenizer(network)
+        batches = [batch.to(device) for batch in prompts(tokenizer, _room(policy, max_new_tokens))]
+        scorer = load_reward(reward, tokenizer).to(device)
         answers = answer(
-            policy,
+            policy.to(device),
             tokenizer,
             batches,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
             reward=scorer,
-            reference=reference,
+            reference=reference_policy,
         )
         found["responses"][name] = answers.responses
         found["scores"][name] = answers.scores
@@ -63,6 +67,7 @@ def gather_answers(
         if _all_demonstrated(batches):
             found["responses"]["demonstrations"] = _demonstrations(batches)
             found["scores"]["demonstrations"] = _demonstration_scores(batches, scorer, tokenizer)
+        found["scored_by"] = "reward function" if isinstance(scorer, FunctionReward) else "reward model"
     if judge is not None:
         found["judge_scores"] = {
             name: list(judge(found["prompts"], texts)) for name, texts in found["responses"].items()
@@ -91,6 +96,12 @@ def measure_reward(score: RewardModule, batches: Iterable[ComparisonBatch]) -> R
         all_scores += scores.tolist()
         lengths += batch.attention_mask.sum(dim=1).tolist()
     return reward_card(margins, scores=all_scores, lengths=lengths)
+
+
+def _room(policy: nn.Module, max_new_tokens: int) -> int | None:
+    """Return how many tokens a prompt may have; None where positions have no end."""
+    positions = max_positions(policy)
+    return None if positions is None else positions - max_new_tokens
 
 
 def _questions(batches: Sequence[PromptBatch]) -> dict[str, list[Any]]:

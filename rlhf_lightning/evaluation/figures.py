@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 Curve = Mapping[str, Sequence[float | None]]
 """``{"step": [...], "value": [...]}`` as `History.curves` holds it; None leaves a gap."""
 
-LABELS = {"pretrained": "pre-trained", "sft": "fine-tuned", "ppo": "PPO", "demonstrations": "demonstration"}
+LABELS = {
+    "pretrained": "pre-trained",
+    "start": "before PPO",
+    "sft": "fine-tuned",
+    "ppo": "PPO",
+    "demonstrations": "demonstration",
+}
 """How a policy is called where people read it."""
 
 STAGES = {
@@ -37,7 +43,7 @@ PPO_PANELS = {
 """Title, subtitle and colour of what is drawn of PPO, from left to right."""
 
 # Told apart by colour-blind readers, and in grey by their lightness (after Okabe and Ito 2008).
-COLORS = {"pretrained": "#9aa5b1", "sft": "#3a7ebf", "ppo": "#c8571b"}
+COLORS = {"pretrained": "#9aa5b1", "start": "#9aa5b1", "sft": "#3a7ebf", "ppo": "#c8571b"}
 SCORE, JUDGE, KL = "#c8571b", "#2a7f62", "#5b5f97"
 INK, QUIET, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 

@@ -5,9 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from rlhf_lightning.evaluation.figures import STAGES, label
+from rlhf_lightning.evaluation.figures import LABELS, STAGES, label
 
 Report = Mapping[str, Any]
+
+STAND_INS = ("reward model", "reward function")
+"""What scores where there is no judge."""
 
 JUDGES = {
     "world": (
@@ -15,11 +18,14 @@ JUDGES = {
         "length and an ending. It labelled the comparisons (with noise) and made this report; no training step ever "
         "saw its scores."
     ),
-    "reward model": (
-        "Nobody here knows the truth about these responses, so the score of the reward model (or function) stands "
-        "in for a judge. PPO was trained to raise this very score: read these numbers as how far it rose, not as proof "
-        "that people would agree."
-    ),
+    **{
+        scorer: (
+            f"Nobody here knows the truth about these responses, so the score of the {scorer} stands in for a judge. "
+            "PPO was trained to raise this very score: read these numbers as how far it rose, not as proof that people "
+            "would agree."
+        )
+        for scorer in STAND_INS
+    },
 }
 """Who judged, and what that is worth."""
 
@@ -130,10 +136,10 @@ def _ppo(report: Report, figures: Mapping[str, str]) -> str:
     rows = []
     if "score" in ppo:
         rows.append(["score of the reward", number(ppo["score"]["before"]), number(ppo["score"]["after"])])
-    # Where the reward model stands in for a judge, this would be the same number again.
-    if report["judge"] != "reward model" and {"sft", "ppo"} <= report["judge_score"].keys():
-        scores = report["judge_score"]
-        rows.append(["score of the judge", number(scores["sft"]), number(scores["ppo"])])
+    scores = report["judge_score"]
+    # Where the reward stands in for a judge, this would be the same number again.
+    if report["judge"] not in STAND_INS and {ppo["reference"], "ppo"} <= scores.keys():
+        rows.append(["score of the judge", number(scores[ppo["reference"]]), number(scores["ppo"])])
     if "kl" in ppo:
         rows.append(["KL to the reference, nats a response", "0", number(ppo["kl"])])
     note = "Before and after PPO, on held-out prompts. The faint line is each rollout, the clear one its moving mean."
@@ -143,9 +149,9 @@ def _ppo(report: Report, figures: Mapping[str, str]) -> str:
 
 def _warning(report: Report) -> str:
     ppo, scores = report["ppo"], report["judge_score"]
-    if report["judge"] == "reward model" or "score" not in ppo or not {"sft", "ppo"} <= scores.keys():
+    if report["judge"] in STAND_INS or "score" not in ppo or not {ppo["reference"], "ppo"} <= scores.keys():
         return ""
-    if ppo["score"]["after"] <= ppo["score"]["before"] or scores["ppo"] >= scores["sft"]:
+    if ppo["score"]["after"] <= ppo["score"]["before"] or scores["ppo"] >= scores[ppo["reference"]]:
         return ""
     return (
         "<p class=warning><b>The reward rose and the judge's score fell.</b> PPO found what the reward model likes and "
@@ -252,7 +258,7 @@ def _memory(report: Report) -> str:
 
 
 def _css_class(policy: str) -> str:
-    return policy if policy in ("pretrained", "sft", "ppo", "demonstrations") else "other"
+    return policy if policy in LABELS else "other"
 
 
 STYLE = """
@@ -285,7 +291,7 @@ article h3 { font-size: 16px; margin: 0 0 8px; white-space: pre-wrap; overflow-w
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; }
 .answer { background: var(--wash); border-radius: 0 0 10px 10px; border-top: 3px solid var(--other);
   padding: 10px 14px; }
-.answer.pretrained { border-color: var(--pretrained); } .answer.sft { border-color: var(--sft); }
+.answer.pretrained, .answer.start { border-color: var(--pretrained); } .answer.sft { border-color: var(--sft); }
 .answer.ppo { border-color: var(--ppo); } .answer.demonstrations { border-color: var(--demonstrations); }
 .answer h4 { display: flex; justify-content: space-between; margin: 0 0 4px; font-size: 13px; color: var(--quiet); }
 .answer h4 span { color: var(--ink); font-variant-numeric: tabular-nums; }

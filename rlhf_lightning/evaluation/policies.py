@@ -10,12 +10,13 @@ from torch import nn
 from rlhf_lightning.functional.kl import k1
 from rlhf_lightning.functional.logprobs import gather_logprobs
 from rlhf_lightning.functional.masking import masked_sum
+from rlhf_lightning.modules import SFTModule
 from rlhf_lightning.networks import stop_token_ids
 from rlhf_lightning.rollout.experience import micro_batches
 from rlhf_lightning.rollout.generate import generate
 from rlhf_lightning.rollout.reward import Reward
 from rlhf_lightning.rollout.score import response_logits
-from rlhf_lightning.types import PromptBatch, Rollout
+from rlhf_lightning.types import PromptBatch, Rollout, SFTBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,6 +73,17 @@ def answer(
         scores=scores,
         kl=None if kls is None else sum(kls) / len(kls),
     )
+
+
+@torch.no_grad()
+def perplexity(policy: nn.Module, tokenizer: "PreTrainedTokenizerBase", batches: Iterable[SFTBatch]) -> float:
+    """Return the perplexity of responses that somebody else wrote, end tokens included, as fine-tuning validates it."""
+    device = next(policy.parameters()).device
+    module = SFTModule(policy, tokenizer=tokenizer).eval().to(device)
+    for batch in batches:
+        logits, targets = module(batch.to(device))
+        module.val_perplexity.update(logits.unsqueeze(0), targets.unsqueeze(0))
+    return float(module.val_perplexity.compute())
 
 
 def with_responses(batch: PromptBatch, responses: list[str], tokenizer: "PreTrainedTokenizerBase") -> Rollout:

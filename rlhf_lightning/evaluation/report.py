@@ -29,8 +29,9 @@ Report = Mapping[str, Any]
 def write_report(report: Report, folder: str | Path) -> Path:
     """Write report.json, report.html and figures/*.png below ``folder``; return the path of the page.
 
-    Needed keys: ``judge`` ("world" or "reward model"), ``seed``, ``win_rate``, ``judge_score``, ``reward``, ``ppo``,
-    ``seconds``, ``peak_memory_gb``, ``curves``, ``samples``, ``versions``; they are empty where a stage was not run.
+    Needed keys: ``judge`` ("world", "reward model" or "reward function"), ``seed``, ``win_rate``, ``judge_score``,
+    ``reward``, ``ppo``, ``seconds``, ``peak_memory_gb``, ``curves``, ``samples``, ``versions``; they are empty where a
+    stage was not run.
     """
     folder = Path(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ PACKAGES = ("rlhf-lightning", "lightning", "torch", "transformers")
 def summarise(records: Mapping[str, Record], *, seed: int, judge: str, samples: int) -> dict[str, Any]:
     """Return the report of the stages that were run; what a stage would have measured is left out where it was not.
 
-    ``judge`` names who compared the responses: "world", or "reward model" where nobody else can.
+    ``judge`` names who compared the responses: "world", or "reward model" or "reward function" where nobody else can.
     """
     evidence = records["evaluate"]["result"]
     verdicts = evidence["judge_scores"] if "judge_scores" in evidence else evidence["scores"]
@@ -61,8 +61,13 @@ def _reward(records: Mapping[str, Record]) -> dict[str, Any]:
 
 
 def _ppo(records: Mapping[str, Record], evidence: Mapping[str, Any]) -> dict[str, Any]:
-    score = {"before": mean(evidence["scores"]["sft"]), "after": mean(evidence["scores"]["ppo"])}
-    return {"kl": evidence["kl"]["ppo"], "score": score, "rollouts": records["ppo"]["result"]["steps"]}
+    reference, scores = evidence["reference"], evidence["scores"]
+    return {
+        "reference": reference,
+        "kl": evidence["kl"]["ppo"],
+        "score": {"before": mean(scores[reference]), "after": mean(scores["ppo"])},
+        "rollouts": records["ppo"]["result"]["steps"],
+    }
 
 
 def _samples(evidence: Mapping[str, Any], verdicts: Mapping[str, list[float]], count: int) -> list[dict[str, Any]]:

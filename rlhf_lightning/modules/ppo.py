@@ -171,7 +171,7 @@ class PPOModule(LanguageModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample a rollout, score it, estimate advantages, and update policy and critic."""
-        self._check_minibatches(len(batch))
+        self.check_minibatches(len(batch))
         rollout = self.generate(batch, self.trainer.global_step)
         scored = self.score(rollout)
         experience = estimate_advantages(
@@ -332,7 +332,8 @@ class PPOModule(LanguageModule):
         optimizer: Any = self.optimizers()
         return cast(torch.optim.Optimizer, optimizer.optimizer)
 
-    def _check_minibatches(self, rollout_size: int) -> None:
+    def check_minibatches(self, rollout_size: int) -> None:
+        """Raise `InputError` where a rollout of so many sequences of one process cannot be cut into minibatches."""
         if rollout_size % self.minibatch_size:
             raise InputError(
                 f"minibatch_size={self.minibatch_size} must divide the rollout of {rollout_size} sequences "

@@ -1,12 +1,14 @@
 """The world's data as files: what `rlhf pipeline` reads where the user brings none."""
 
-import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.jsonl import write_rows
 from rlhf_lightning.world.corpus import demonstrations, prompts, raw_text
 from rlhf_lightning.world.instructions import Instruction, split
 from rlhf_lightning.world.judge import ceiling, label
@@ -17,67 +19,77 @@ Sampler = Callable[[Sequence[Row], int], list[str]]
 """``sample(rows, seed)``: one response of a policy to the prompt of each row."""
 
 
-def write_world(
-    folder: Path,
-    *,
-    seed: int,
-    texts: int,
-    demonstrations_per_instruction: int,
-    vocab_size: int,
-    hidden_size: int,
-    layers: int,
-    heads: int,
-    **_: object,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The sizes of the world; raises `InputError` where one is out of its range."""
+
+    texts: int
+    """Documents of raw text to pre-train on."""
+    demonstrations_per_instruction: int
+    comparisons: int
+    """Prompts whose responses the judge ranks, for training."""
+    held_out_comparisons: int
+    """The same for measuring the reward model."""
+    responses: int
+    """Responses of a comparison."""
+    agreement: float
+    """Share of pairs that the judge orders as it would without noise."""
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, size in vars(self).items():
+            if name != "agreement" and size < 1:
+                raise InputError(f"{name}={size} must be at least 1")
+        if self.responses < 2:
+            raise InputError(f"responses={self.responses} must be at least 2: fewer cannot be compared")
+        if not 0.5 < self.agreement < 1:
+            raise InputError(f"agreement={self.agreement} must lie between 0.5 (at random) and 1 (without noise)")
+
+
+def write_world(folder: Path, world: World, *, seed: int) -> dict[str, Any]:
     """Write ``data/*.jsonl`` and, as ``initial``, a network with random weights and a tokenizer trained on the text."""
     from rlhf_lightning.world.network import build_network, build_tokenizer
 
     train, held_out = split(seed)
-    raw = raw_text(texts, train, seed=seed)
-    shown = demonstrations(train * demonstrations_per_instruction, seed=seed)
+    raw = raw_text(world.texts, train, seed=seed)
+    shown = demonstrations(train * world.demonstrations_per_instruction, seed=seed)
     # The policies are compared with what people answered to the held-out instructions.
     compared = demonstrations(shuffled(held_out, seed), seed=seed + 1)
     files = {"text": raw, "demonstrations": shown, "prompts": prompts(train), "held_out": compared}
     for name, rows in files.items():
         write_rows(folder / "data" / f"{name}.jsonl", rows)
     written = [*(row["text"] for row in raw), *(row["response"] for row in shown)]
-    tokenizer = build_tokenizer(written, vocab_size=vocab_size)
-    network = build_network(tokenizer, hidden_size=hidden_size, layers=layers, heads=heads, seed=seed)
+    tokenizer = build_tokenizer(written, vocab_size=world.vocab_size)
+    network = build_network(tokenizer, hidden_size=world.hidden_size, layers=world.layers, heads=world.heads, seed=seed)
     network.save_pretrained(folder / "initial")
     tokenizer.save_pretrained(folder / "initial")
     return {"rows": {name: len(rows) for name, rows in files.items()}, "parameters": network.num_parameters()}
 
 
-def write_comparisons(
-    folder: Path,
-    sample: Sampler,
-    *,
-    seed: int,
-    comparisons: int,
-    held_out_comparisons: int,
-    responses: int,
-    agreement: float,
-    **_: object,
-) -> dict[str, Any]:
+def write_comparisons(folder: Path, world: World, sample: Sampler, *, seed: int) -> dict[str, Any]:
     """Write what the judge, with a person's noise, prefers among responses that ``sample`` draws from a policy.
 
     Where there are more comparisons than instructions, each is answered anew. Held-out ones are of held-out
-    instructions. The result holds the share of their labels that the judge
-    without noise agrees with, which is the most that a reward model can reach.
+    instructions. The result holds the share of their labels that the judge without noise agrees with, which is the most
+    that a reward model can reach.
     """
     train, held_out = split(seed)
     asked = {
-        "comparisons": list(islice(cycle(shuffled(train, seed)), comparisons)),
-        "comparisons_held_out": list(islice(cycle(shuffled(held_out, seed)), held_out_comparisons)),
+        "comparisons": list(islice(cycle(shuffled(train, seed)), world.comparisons)),
+        "comparisons_held_out": list(islice(cycle(shuffled(held_out, seed)), world.held_out_comparisons)),
     }
     result: dict[str, Any] = {}
     for offset, (name, instructions) in enumerate(asked.items()):
-        sampled = sample([row for row in prompts(instructions) for _ in range(responses)], seed + offset)
+        sampled = sample([row for row in prompts(instructions) for _ in range(world.responses)], seed + offset)
         rows = [
-            {"prompt": instruction.text, "responses": sampled[responses * i : responses * (i + 1)]}
+            {"prompt": instruction.text, "responses": sampled[world.responses * i : world.responses * (i + 1)]}
             for i, instruction in enumerate(instructions)
         ]
-        labelled = label(rows, agreement=agreement, seed=seed + offset)
+        labelled = label(rows, agreement=world.agreement, seed=seed + offset)
         write_rows(folder / f"{name}.jsonl", labelled)
         result[name] = len(labelled)
     return result | {"ceiling": ceiling(labelled)}
@@ -86,9 +98,3 @@ def write_comparisons(
 def shuffled(instructions: Sequence[Instruction], seed: int) -> list[Instruction]:
     """Return the instructions in an order that depends on the seed."""
     return random.Random(f"order {seed}").sample(instructions, k=len(instructions))
-
-
-def write_rows(file: Path, rows: Iterable[Row]) -> None:
-    """Write one JSON object a line."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

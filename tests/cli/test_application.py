@@ -31,6 +31,7 @@ def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("trainer=gpuu", "trainer=gpuu is not an option; did you mean trainer=gpu?"),
         ("experiment=hh_harmles", "did you mean experiment=hh_harmless?"),
         ("module.beta", "module.beta"),
+        ("trainer=null", "trainer=None is not an option (there are: cpu"),
     ],
 )
 def test_misspelt_override_is_an_error_that_names_the_nearest_real_key(

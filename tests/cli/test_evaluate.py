@@ -1,4 +1,5 @@
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,29 @@ def test_references_are_the_measure_where_there_is_no_reward(tiny_model: Path) -
     found = evaluation(f"policies.sft={tiny_model}", "data.path=rows.jsonl", "data.limit=3")
     assert found["metric"] == "rouge_l"
     assert found["policies"]["sft"]["prompts"] == 3
+
+
+def test_perplexity_of_given_responses_is_exp_of_their_mean_loss(tiny_model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = evaluation(f"policies.sft={tiny_model}", "data.path=rows.jsonl", "batch_size=4")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    network: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    losses: list[float] = []
+    for i in range(6):
+        ids = torch.tensor([[*tokenizer(f"Say {i}.{i}").input_ids, tokenizer.eos_token_id]])
+        logprobs = network(ids).logits[0, :-1].log_softmax(dim=-1)
+        # The response is its digit and the end token.
+        losses += (-logprobs.gather(1, ids[0, 1:, None])[-2:, 0]).tolist()
+    assert found["policies"]["sft"]["perplexity"] == pytest.approx(math.exp(sum(losses) / 12), rel=1e-5)
+
+
+def test_without_responses_there_is_no_perplexity(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write("prompts.jsonl", [{"prompt": "Say 1.", "response": "1"}, {"prompt": "Say 2."}])
+    found = evaluation(f"policies.sft={tiny_model}", "data.path=prompts.jsonl", "reward=my_rewards.py:length")
+    assert "perplexity" not in found["policies"]["sft"]
+    assert "–" in capsys.readouterr().out
 
 
 def test_reward_model_that_always_scores_the_same_is_right_half_of_the_time(tiny_model: Path, tmp_path: Path) -> None:

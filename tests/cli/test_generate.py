@@ -38,6 +38,13 @@ def test_rows_of_a_file_keep_their_order_and_their_columns(tiny_model: Path) -> 
     assert rows("other.jsonl") != rows("sampled.jsonl")
 
 
+@pytest.mark.parametrize("prompt", ["2024", "3.5", "true", "Say, please"])
+def test_prompt_is_a_text_whatever_it_looks_like(prompt: str, tiny_model: Path) -> None:
+    arguments = [f"network.pretrained={tiny_model}", f"prompt={prompt}", "out=out.jsonl", "max_new_tokens=1"]
+    assert run_verb("generate", arguments) == 0
+    assert rows("out.jsonl")[0]["prompt"] == prompt
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -47,10 +54,16 @@ def test_rows_of_a_file_keep_their_order_and_their_columns(tiny_model: Path) -> 
         (["prompt=a", "max_new_tokens=0"], "max_new_tokens=0"),
         (["data.path=nowhere.jsonl"], "data.path=nowhere.jsonl"),
         (["prompt=a", "max_new_tokens=1000"], "256 positions"),
+        (["prompt=a", "device=cuda:99"], "device=cuda:99 cannot be used here"),
+        (["prompt=a", "device=gpu"], "device=gpu cannot be used here"),
+        (["prompt=a", "out=a_file/responses.jsonl"], "out=a_file/responses.jsonl: its folder cannot be made"),
+        (["prompt=a", "out=a_folder"], "out=a_folder cannot be written: it is a folder"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(
     arguments: list[str], message: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("a_file").touch()
+    Path("a_folder").mkdir()
     assert run_verb("generate", [f"network.pretrained={tiny_model}", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -197,3 +197,143 @@ def test_the_pipeline_runs_on_files_and_a_network_whose_tokenizer_has_no_padding
     assert set(found["judge_score"]) == {"pretrained", "sft", "ppo"}
     assert found["win_rate"] == {}  # where some prompts have no demonstration, there is nothing to win against
     assert found["reward"]["pairs"] == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.ppo.path=typo.jsonl"], "data.ppo.path=typo.jsonl: there is no such file"),
+        (["data.reward.val_path=typo.jsonl"], "data.reward.val_path=typo.jsonl: there is no such file"),
+        (["data.reward.path={sft}"], "sft.jsonl:1: a row needs"),
+        (["data.ppo.path={broken}"], "broken.jsonl:2: malformed JSON"),
+        (["data.ppo.batch_size=4", "module.ppo.minibatch_size=3"], "minibatch_size=3 must divide the rollout of 4"),
+        (["trainer.ppo.gradient_clip_val=1.0"], "Trainer(gradient_clip_val=1.0) cannot clip"),
+        (["trainer.reward.max_epochs=-7"], "trainer.reward: "),
+        (["module.ppo.temperature=0"], "module.ppo: temperature=0 must be above 0"),
+        (["data.reward.batch_size=0"], "data.reward: data.batch_size=0 must be at least 1"),
+        (["data.reward.path=null", "module.ppo.reward=nowhere.py:f"], "reward='nowhere.py:f' cannot be imported"),
+        (["data.reward.path=null", "module.ppo.reward={sft_model}"], "is no reward model"),
+    ],
+)
+def test_what_is_wrong_with_a_later_stage_is_said_before_the_first_one_runs(
+    overrides: list[str],
+    message: str,
+    files: dict[str, Path],
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a"}\n{"prompt": \n')
+    filled = [override.format(sft=files["sft"], broken=broken, sft_model=tiny_model) for override in overrides]
+    named = [f"data.{stage}.path={path}" for stage, path in files.items()]
+    arguments = [f"network.pretrained={tiny_model}", *named, *filled, f"output_dir={tmp_path / 'out'}"]
+    assert run_verb("pipeline", arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert "===" not in printed.out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+world.foo=1", "world.foo is not a setting of rlhf_lightning.world.World"),
+        ("world.texts=many", "world.texts must be a whole number, not 'many'"),
+        ("world.agreement=2", "agreement=2 must lie between 0.5"),
+        ("world.layers=0", "layers=0 must be at least 1"),
+        ("world.responses=1", "responses=1 must be at least 2"),
+        ("+evaluate.sampels=1", "did you mean evaluate.samples?"),
+        ("evaluate.prompts=all", "evaluate.prompts must be a whole number, not 'all'"),
+        ("trainer.ppo.gradient_clip_val=1.0", "cannot clip"),
+    ],
+)
+def test_settings_of_world_and_evaluation_are_checked_before_anything_is_written(
+    override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb("pipeline", [*TINY, override, f"output_dir={tmp_path}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+def test_no_checkpoint_is_left_behind(finished: Path) -> None:
+    assert (finished / "logs").is_dir()
+    assert list(finished.rglob("*.ckpt")) == []
+
+
+@pytest.fixture
+def ppo_alone(files: dict[str, Path], tiny_model: Path, tmp_path: Path) -> list[str]:
+    """The command of a pipeline without any stage before PPO, whose reward is a function in a file."""
+    (tmp_path / "rewards.py").write_text("def length(prompts, responses, **columns):\n    return map(len, responses)\n")
+    return [
+        f"network.pretrained={tiny_model}",
+        f"data.ppo.path={files['ppo']}",
+        f"module.ppo.reward={tmp_path / 'rewards.py'}:length",
+        "data.ppo.val_fraction=0.5",
+        "data.ppo.batch_size=4",
+        "module.ppo.minibatch_size=4",
+        "module.ppo.max_new_tokens=4",
+        "trainer.ppo.max_steps=1",
+        f"output_dir={tmp_path / 'out'}",
+    ]
+
+
+def test_policies_are_compared_on_so_many_prompts_as_were_asked_for_and_on_none_that_is_too_long(
+    ppo_alone: list[str], tmp_path: Path
+) -> None:
+    assert run_verb("pipeline", [*ppo_alone, "evaluate.prompts=5"]) == 0
+    assert report(tmp_path / "out")["prompts"] == 5
+    shorter = ["data.ppo.max_prompt_length=13", "data.ppo.batch_size=3", "module.ppo.minibatch_size=3"]
+    changed = [*ppo_alone, *shorter, f"output_dir={tmp_path / 'shorter'}"]
+    assert run_verb("pipeline", changed) == 0
+    found = report(tmp_path / "shorter")
+    assert found["prompts"] == len(found["samples"]) > 0
+    assert {len(sample["prompt"]) for sample in found["samples"]} == {len("Name thing 3.")}
+
+
+def test_a_report_on_ppo_alone_names_what_it_started_from_and_what_scored(
+    ppo_alone: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb("pipeline", ppo_alone) == 0
+    found = report(tmp_path / "out")
+    assert list(found["judge_score"]) == ["start", "ppo"]
+    assert found["ppo"]["score"]["before"] == found["judge_score"]["start"]
+    assert found["judge"] == "reward function"
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "before PPO" in page
+    assert "fine-tuned" not in page
+    assert "\nstart " in capsys.readouterr().out
+
+
+def test_a_stage_runs_again_when_a_file_that_it_reads_has_changed(
+    ppo_alone: list[str], files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said() -> str:
+        capsys.readouterr()
+        assert run_verb("pipeline", ppo_alone) == 0
+        return capsys.readouterr().out
+
+    assert said().count("===") == 2
+    files["ppo"].write_bytes(files["ppo"].read_bytes())  # another time, the same rows
+    assert said().count("complete already, skipped") == 2
+    files["ppo"].write_text(files["ppo"].read_text().replace("Name", "Tell"))
+    assert "ppo.jsonl has changed, so it and what follows run again" in said()
+    assert {sample["prompt"].split()[0] for sample in report(tmp_path / "out")["samples"]} == {"Tell"}
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text(rewards.read_text().replace("map(len, responses)", "[7.0 for _ in responses]"))
+    assert "rewards.py has changed" in said()
+    assert report(tmp_path / "out")["judge_score"] == {"start": 7.0, "ppo": 7.0}
+
+
+def test_an_error_in_a_stage_says_what_is_kept_and_how_to_go_on(
+    ppo_alone: list[str], files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rewards.py").write_text("def length(prompts, responses, **columns):\n    return [float('nan')] * 4\n")
+    assert run_verb("pipeline", ppo_alone) == 2
+    nothing_kept = capsys.readouterr().err
+    assert "must return finite scores" in nothing_kept
+    assert "go on" not in nothing_kept
+    assert run_verb("pipeline", [*ppo_alone, f"data.sft.path={files['sft']}", f"output_dir={tmp_path / 'two'}"]) == 2
+    said = capsys.readouterr().err
+    assert "must return finite scores" in said
+    assert f"finished stages are kept in {tmp_path / 'two'}; go on after them with\n  rlhf pipeline" in said
+    assert f"data.sft.path={files['sft']}" in said

@@ -69,6 +69,13 @@ def test_resumed_run_goes_on_from_the_last_checkpoint_and_keeps_the_first_log(ti
     assert epochs == {"1"}
 
 
+def test_callbacks_and_logger_may_be_null(tiny_model: Path) -> None:
+    arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", "output_dir=out", "trainer=cpu"]
+    assert run_verb("train", [*arguments, "callbacks=null", "logger=null", "+trainer.enable_checkpointing=false"]) == 0
+    assert not Path("out/model").exists()
+    assert not Path("out/logs").exists()
+
+
 def test_reward_function_of_a_config_is_called_with_its_settings(tiny_model: Path) -> None:
     def mean_score(scale: float) -> float:
         output_dir = f"out{scale}"
@@ -154,6 +161,71 @@ def test_setting_that_the_trainer_refuses_is_an_input_error(
     arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", *QUIET, "trainer.max_epochs=-7"]
     assert run_verb("train", arguments) == 2
     assert "trainer" in capsys.readouterr().err
+
+
+def ppo_that_fails_after(rollouts: int, tiny_model: Path) -> list[str]:
+    """Return the command of a run of 12 rollouts whose reward function raises after some of them."""
+    Path("failing.py").write_text(
+        "calls = []\n"
+        "def reward(prompts, responses, **columns):\n"
+        "    calls.append(1)\n"
+        f"    assert len(calls) <= {rollouts}, 'out of order'\n"
+        "    return [0.0 for _ in responses]\n",
+        encoding="utf-8",
+    )
+    return [
+        "module=ppo",
+        f"network.pretrained={tiny_model}",
+        "data.path=prompts.jsonl",
+        "data.batch_size=8",
+        "data.val_fraction=0",
+        "module.reward=failing.py:reward",
+        "module.minibatch_size=8",
+        "module.max_new_tokens=2",
+        "trainer.max_epochs=null",
+        "trainer.max_steps=12",
+        "logger=none",
+        "output_dir=out",
+        *QUIET,
+    ]
+
+
+def test_run_of_few_rollouts_that_fails_has_kept_some_and_says_how_to_go_on(
+    tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb("train", ppo_that_fails_after(11, tiny_model)) == 2
+    said = capfd.readouterr().err
+    assert "reward function reward raised AssertionError: out of order" in said
+    assert "Using ModelCheckpoint with manual optimization" not in said
+    last = last_checkpoint("out")
+    assert last is not None
+    assert f"the last checkpoint is {last.absolute()}" in said
+    (command,) = [line.split() for line in said.splitlines() if line.startswith("  rlhf train")]
+    assert "module=ppo" in command
+    assert command[-1] == "ckpt_path=last"
+    assert run_verb("train", [*ppo_that_fails_after(2, tiny_model), "ckpt_path=last"]) == 0  # 2 rollouts were left
+
+
+def test_run_that_fails_before_anything_was_kept_speaks_of_no_checkpoint(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb("train", ppo_that_fails_after(1, tiny_model)) == 2
+    assert "checkpoint" not in capsys.readouterr().err
+
+
+def test_error_that_is_not_the_users_carries_the_hint_below_its_traceback() -> None:
+    with pytest.raises(MemoryError) as error, resumable(lambda: "the last checkpoint is here"):
+        raise MemoryError
+    assert error.value.__notes__ == ["the last checkpoint is here"]
+
+
+def test_checkpoint_whose_link_leads_to_nothing_is_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "last.ckpt").symlink_to("step-10.ckpt")
+    assert last_checkpoint(str(tmp_path)) is None
+    (folder / "step-20.ckpt").touch()
+    assert last_checkpoint(str(tmp_path)) == folder / "step-20.ckpt"
 
 
 @pytest.mark.parametrize(("signal_", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

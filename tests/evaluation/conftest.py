@@ -27,7 +27,7 @@ def report() -> dict[str, Any]:
         },
         "judge_score": {"pretrained": 0.3, "sft": 4.1, "ppo": 5.9, "demonstrations": 4.4},
         "reward": {"accuracy": card.accuracy, "pairs": card.pairs, "card": card.as_dict(), "ceiling": 0.81234},
-        "ppo": {"kl": 8.7, "score": {"before": 0.01, "after": 2.1}, "rollouts": 3},
+        "ppo": {"reference": "sft", "kl": 8.7, "score": {"before": 0.01, "after": 2.1}, "rollouts": 3},
         "seconds": {"pretrain": 60.2, "sft": 30.0, "ppo": 3700.0, "total": 3790.2},
         "peak_memory_gb": 1.5,
         "curves": {

@@ -88,9 +88,19 @@ def test_a_conversation_is_shown_with_its_roles(report: dict[str, Any]) -> None:
 
 def test_the_page_says_who_judged(report: dict[str, Any]) -> None:
     assert "knows the truth" in page(report, {})
-    stand_in = page({**report, "judge": "reward model"}, {})
-    assert "stands in for a judge" in stand_in
-    assert "score of the judge" not in stand_in
+    for scorer in ("reward model", "reward function"):
+        stand_in = page({**report, "judge": scorer}, {})
+        assert f"the score of the {scorer} stands in for a judge" in stand_in
+        assert "score of the judge" not in stand_in
+
+
+def test_a_policy_that_nobody_fine_tuned_is_not_called_so(report: dict[str, Any]) -> None:
+    report["judge_score"] = {"start": 4.1, "ppo": 5.9}
+    report["ppo"]["reference"] = "start"
+    text = Reader(page({**report, "win_rate": {}, "samples": [], "curves": {}}, {})).text
+    assert "before PPO" in text
+    assert "fine-tuned" not in text
+    assert "score of the judge4.105.90" in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""What is wrong with a stage of the pipeline, known before the stages ahead of it have run."""
+
+from typing import TYPE_CHECKING, Any
+
+from rlhf_lightning.cli.build import build
+from rlhf_lightning.cli.checks import Config
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf_lightning.data.datamodule import TextDataModule
+
+
+def rehearse(stage: str, settings: Config) -> "TextDataModule[Any]":
+    """Build Trainer, data and module of a stage, the module around a network that is none; return the data.
+
+    Raises `InputError` where one of them refuses its settings, or PPO those of the Trainer and the data.
+    """
+    trainer = bare_trainer(f"trainer.{stage}", settings["trainer"][stage])
+    data: TextDataModule[Any] = build(f"data.{stage}", settings["data"][stage])
+    node = {name: value for name, value in settings["module"][stage].items() if name not in ("model", "reward")}
+    # Named only: what it is, is looked at by itself.
+    reward = {"reward": "none"} if stage == "ppo" else {}
+    module = build(f"module.{stage}", node, model=_smallest_network(), **reward)
+    module.trainer = trainer
+    module.configure_callbacks()
+    if stage == "ppo":
+        module.check_minibatches(data.batch_size)
+    return data
+
+
+def look_at_rows(stage: str, data: "TextDataModule[Any]", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Read all rows of a stage and tokenise the first; raises `InputError` where one of them cannot be read."""
+    from rlhf_lightning.data.tokenizing import Encoder
+
+    data.check_tokenizer(tokenizer)
+    rows = data.read(data.path, split=data.split, setting=f"data.{stage}.path")
+    data.items(rows[0], Encoder(tokenizer, prompt_template=data.prompt_template), None)
+    if data.val_path is not None:
+        data.read(data.val_path, split=data.val_split or data.split, setting=f"data.{stage}.val_path")
+
+
+def bare_trainer(path: str, node: Config) -> "Trainer":
+    """Return a Trainer of the settings that writes and shows nothing."""
+    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer: Trainer = build(path, node, **dict.fromkeys(silent, False))
+    return trainer
+
+
+def _smallest_network() -> "nn.Module":
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=4,
+        hidden_size=2,
+        intermediate_size=2,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        pad_token_id=0,
+    )
+    config.num_labels = 1
+    return LlamaForCausalLM(config)
