@@ -71,6 +71,8 @@ class ComparisonBatch(Record):
     """(B, T) token ids of prompt and response, the end token included."""
     attention_mask: Tensor
     """(B, T) bool, true for real tokens."""
+    response_mask: Tensor
+    """(B, T) bool, true for the tokens of the response, its end token among them; never true at ``t = 0``."""
     prompt_index: Tensor
     """(B,) which prompt of the batch a row answers, counted from 0."""
     ranks: Tensor

@@ -12,17 +12,17 @@ from rlhf_lightning.types import ComparisonBatch, PromptBatch, SFTBatch
 def sft_batch(rows: Sequence[TokenSequence], *, pad_token_id: int) -> SFTBatch:
     """Return the sequences padded on the right; the loss counts from the first token after the prompt."""
     tokens, mask = pad_right([row.tokens for row in rows], pad_token_id)
-    prompt_lengths = torch.tensor([row.prompt_length for row in rows])
-    after_prompt = torch.arange(tokens.shape[1]) >= prompt_lengths.unsqueeze(1)
-    return SFTBatch(tokens=tokens, attention_mask=mask, loss_mask=mask & after_prompt)
+    return SFTBatch(tokens=tokens, attention_mask=mask, loss_mask=_after_prompt(rows, mask))
 
 
 def comparison_batch(rows: Sequence[Sequence[TokenSequence]], *, pad_token_id: int) -> ComparisonBatch:
     """Return the responses of all rows, padded on the right; a row lists those to its prompt, the best first."""
-    tokens, mask = pad_right([sequence.tokens for row in rows for sequence in row], pad_token_id)
+    sequences = [sequence for row in rows for sequence in row]
+    tokens, mask = pad_right([sequence.tokens for sequence in sequences], pad_token_id)
     return ComparisonBatch(
         tokens=tokens,
         attention_mask=mask,
+        response_mask=_after_prompt(sequences, mask),
         prompt_index=torch.tensor([i for i, row in enumerate(rows) for _ in row]),
         ranks=torch.tensor([rank for row in rows for rank in range(len(row))]),
     )
@@ -53,6 +53,12 @@ def pad_left(sequences: Sequence[Tensor], pad_token_id: int) -> tuple[Tensor, Te
     width = int(lengths.max())
     mask = torch.arange(width) >= width - lengths.unsqueeze(1)
     return _filled(sequences, mask, pad_token_id), mask
+
+
+def _after_prompt(sequences: Sequence[TokenSequence], mask: Tensor) -> Tensor:
+    """Return the mask (B, T) of the real tokens that come after the prompt."""
+    prompt_lengths = torch.tensor([sequence.prompt_length for sequence in sequences])
+    return mask & (torch.arange(mask.shape[1]) >= prompt_lengths.unsqueeze(1))
 
 
 def _filled(sequences: Sequence[Tensor], mask: Tensor, pad_token_id: int) -> Tensor:

@@ -1,11 +1,14 @@
 """The reward model: from comparisons to one score per response."""
 
 import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
 from rlhf_lightning.errors import InputError
@@ -40,25 +43,37 @@ class RewardModule(LanguageModule):
         lr_schedule: Schedule = "cosine",
         warmup_steps: int = 0,
         shift_scores: bool = True,
+        lm_coef: float = 0.0,
         length_groups: int = 1,
         seed: int = 0,
     ) -> None:
         """Load the network; a language model gets a new scalar head, drawn with ``seed``.
 
+        With ``lm_coef`` the loss has that many times the next-token loss of the best responses beside it, which keeps
+        what the network knew as a language model (Yang et al. 2024, SFT regularization): its output embeddings
+        must be its input embeddings.
         A training batch is read in ``length_groups`` parts of about equal length, so that short responses are not
         padded to the longest: the same gradients, in less time where the parts still fill the device.
         """
         super().__init__(model, tokenizer)
         if length_groups < 1:
             raise InputError(f"length_groups={length_groups} must be at least 1")
+        if lm_coef < 0:
+            raise InputError(f"lm_coef={lm_coef} must not be negative")
         # Without dropout: the scores that are compared belong to one function (Huang et al. 2024).
         self.reward_model = load_reward_model(model, generator=torch.Generator().manual_seed(seed)).eval()
         without_dropout_on_purpose()
+        if lm_coef and not self.reward_model.config.get_text_config().tie_word_embeddings:
+            raise InputError(
+                f"lm_coef={lm_coef} needs a network whose output embeddings are its input embeddings "
+                f"(tie_word_embeddings); {type(self.reward_model).__name__} has no others to predict tokens with"
+            )
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.lr_schedule = lr_schedule
         self.warmup_steps = warmup_steps
         self.shift_scores = shift_scores
+        self.lm_coef = lm_coef
         self.length_groups = length_groups
         self.val_loss = MeanMetric()
         self.val_accuracy = MeanMetric()
@@ -81,20 +96,57 @@ class RewardModule(LanguageModule):
         return logits.squeeze(-1).float()
 
     def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
-        """Return the mean over prompts of the mean loss over a prompt's pairs."""
-        scores = self._scores(batch)
+        """Return the mean over prompts of the mean loss over a prompt's pairs, and the next-token loss where asked."""
+        scores, best_logprobs = self._read(batch)
         loss = ranking_loss(scores, batch.prompt_index, batch.ranks)
         winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
         metrics = {"reward/loss": loss, "reward/accuracy": wins(scores[winners] - scores[losers]).mean()}
+        if self.lm_coef:
+            tokens = self.sum_over_ranks(torch.tensor(float(len(best_logprobs)), device=loss.device))
+            metrics["reward/lm_loss"] = -best_logprobs.sum() * self.trainer.world_size / tokens
+            loss = loss + self.lm_coef * metrics["reward/lm_loss"]
         self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=_prompts(batch))
         return loss
 
-    def _scores(self, batch: ComparisonBatch) -> Float[Tensor, " B"]:
-        """Return the score of each row, read in groups of about equal length."""
+    def _read(self, batch: ComparisonBatch) -> tuple[Float[Tensor, " B"], Float[Tensor, " N"]]:
+        """Return the score of each row, and of the best rows the log-probability of each response token, if needed."""
+        network: Any = self.reward_model
+        scores, logprobs = torch.empty(len(batch), device=self.device), [torch.empty(0, device=self.device)]
+        for rows, part in self._groups(batch):
+            output = network(
+                input_ids=part.tokens,
+                attention_mask=part.attention_mask.long(),
+                use_cache=False,
+                output_hidden_states=bool(self.lm_coef),
+            )
+            scores[rows] = output.logits.squeeze(-1).float()
+            if self.lm_coef:
+                logprobs.append(self._best_logprobs(output.hidden_states[-1], part))
+        return scores, torch.cat(logprobs)
+
+    def _groups(self, batch: ComparisonBatch) -> Iterator[tuple[Tensor, ComparisonBatch]]:
+        """Yield row numbers and rows in groups of about equal length, without the columns that hold only padding."""
         by_length = batch.attention_mask.sum(dim=1).argsort()
-        groups = by_length.tensor_split(min(self.length_groups, len(by_length)))
-        scores = torch.cat([self(*_trimmed(batch.tokens[rows], batch.attention_mask[rows])) for rows in groups])
-        return scores[by_length.argsort()]
+        for rows in by_length.tensor_split(min(self.length_groups, len(by_length))):
+            part = batch.rows(rows)
+            columns = slice(int(part.attention_mask.sum(dim=1).max()))
+            yield (
+                rows,
+                replace(
+                    part,
+                    tokens=part.tokens[:, columns],
+                    attention_mask=part.attention_mask[:, columns],
+                    response_mask=part.response_mask[:, columns],
+                ),
+            )
+
+    def _best_logprobs(self, hidden: Float[Tensor, "B T H"], batch: ComparisonBatch) -> Float[Tensor, " N"]:
+        best = batch.ranks == 0
+        # The token at t is predicted from the state at t - 1.
+        predicted = batch.response_mask[best, 1:]
+        embeddings: Any = self.reward_model.get_input_embeddings()
+        logits = hidden[best, :-1][predicted] @ embeddings.weight.T
+        return -cross_entropy(logits.float(), batch.tokens[best, 1:][predicted], reduction="none")
 
     def validation_step(self, batch: ComparisonBatch, batch_idx: int) -> None:
         """Measure loss, accuracy (ties count half) and mean margin over all pairs."""
@@ -160,14 +212,6 @@ class RewardModule(LanguageModule):
 def wins(margins: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Return 1 where the chosen response scores higher, 1/2 for a tie, else 0."""
     return (margins > 0).float() + 0.5 * (margins == 0).float()
-
-
-def _trimmed(
-    tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]
-) -> tuple[Int[Tensor, "B S"], Bool[Tensor, "B S"]]:
-    """Return them without the columns that hold only padding."""
-    width = int(attention_mask.sum(dim=1).max())
-    return tokens[:, :width], attention_mask[:, :width]
 
 
 def _prompts(batch: ComparisonBatch) -> int:

@@ -35,6 +35,8 @@ def batch(rankings: list[Ranking], *, pads: int = 0) -> ComparisonBatch:
     return ComparisonBatch(
         tokens=torch.tensor([row + [0] * (width - len(row)) for row in rows]),
         attention_mask=torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows]),
+        # The prompt is the first token.
+        response_mask=torch.tensor([[False] + [True] * (len(row) - 1) + [False] * (width - len(row)) for row in rows]),
         prompt_index=torch.tensor([i for i, ranking in enumerate(rankings) for _ in ranking]),
         ranks=torch.tensor([rank for ranking in rankings for rank in range(len(ranking))]),
     )
@@ -111,6 +113,49 @@ def test_groups_of_equal_length_have_the_same_loss_and_gradients_with_less_paddi
     rows = sorted(len(row) for ranking in MIXED for row in ranking)
     assert len(read) == min(length_groups, len(rows))
     assert sum(read) < max(rows) * len(rows)
+
+
+@pytest.mark.parametrize("length_groups", [1, 3])
+def test_the_next_token_loss_of_the_best_responses_is_added(
+    length_groups: int, make: Callable[..., RewardModule], classifier: Callable[..., Any], fit: Callable[..., Any]
+) -> None:
+    network = classifier(tie_word_embeddings=True)
+    logged = fit(
+        RewardModule(network, tokenizer=make().tokenizer, lm_coef=0.5, learning_rate=0.0, length_groups=length_groups),
+        [batch(MIXED, pads=2)],
+        max_steps=1,
+    )
+    losses = []
+    for row in (ranking[0] for ranking in MIXED):
+        with torch.no_grad():
+            hidden = network.model(torch.tensor([row])).last_hidden_state[0]
+        logprobs = torch.log_softmax(hidden @ network.model.embed_tokens.weight.T, dim=-1)
+        losses += [-logprobs[t - 1, row[t]].item() for t in range(1, len(row))]
+    assert logged["reward/lm_loss"] == pytest.approx([sum(losses) / len(losses)], rel=1e-5)
+
+
+def test_the_next_token_loss_has_its_weight_in_the_gradient(
+    classifier: Callable[..., Any], tokenizer: Any, trainer: Callable[..., Any], make_loader: Callable[..., Any]
+) -> None:
+    gradients = {}
+    for lm_coef in (0.0, 1.0, 2.0):
+        network = classifier(tie_word_embeddings=True)
+        module = RewardModule(network, tokenizer=tokenizer, lm_coef=lm_coef, learning_rate=0.0, shift_scores=False)
+        seen: list[Tensor] = []
+        module.on_before_optimizer_step = lambda _, seen=seen, network=network: seen.append(  # type: ignore[method-assign,misc]
+            network.model.embed_tokens.weight.grad.clone()
+        )
+        trainer(max_steps=1).fit(module, make_loader([batch(MIXED)]))
+        gradients[lm_coef] = seen[0]
+    torch.testing.assert_close(gradients[2.0] - gradients[0.0], 2 * (gradients[1.0] - gradients[0.0]))
+    assert not torch.allclose(gradients[1.0], gradients[0.0])
+
+
+def test_the_next_token_loss_needs_output_embeddings(make: Callable[..., RewardModule]) -> None:
+    with pytest.raises(InputError, match="tie_word_embeddings"):
+        make(lm_coef=0.1)
+    with pytest.raises(InputError, match=r"lm_coef=-0\.1 must not be negative"):
+        make(lm_coef=-0.1)
 
 
 def test_there_must_be_a_group(make: Callable[..., RewardModule]) -> None:
