@@ -58,6 +58,7 @@ def _smallest_network() -> "nn.Module":
         intermediate_size=2,
         num_hidden_layers=1,
         num_attention_heads=1,
+        tie_word_embeddings=True,
         pad_token_id=0,
     )
     config.num_labels = 1
