@@ -95,3 +95,12 @@ def test_every_public_name_can_be_imported(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'Missing'"):
         rlhf_lightning.Missing  # noqa: B018
+
+
+MODULES = sorted(str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if file.name != "__init__.py")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_each_module_has_its_test_file_at_the_same_place(module: str) -> None:
+    mirrored = Path(__file__).parent / module
+    assert mirrored.with_name(f"test_{mirrored.name}").is_file()

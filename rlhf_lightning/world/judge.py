@@ -13,6 +13,8 @@ from rlhf_lightning.world.topics import facts
 
 Row = Mapping[str, Any]
 
+NO_ANSWER = 3.0
+"""What it costs to tell nothing of the topic, beside each sentence."""
 HALF_RIGHT = 0.5
 """What a fact costs that is told in the other register, or beyond what was asked, and each sentence left out.
 
@@ -50,7 +52,7 @@ class Verdict:
         """What the response is worth: 0 where it is flawless, less what its faults cost."""
         wrong = self.sentences - self.distinct + (not self.ended)
         half_right = (self.distinct - self.in_register) + self.missing + self.surplus
-        return -(wrong + HALF_RIGHT * half_right)
+        return -(wrong + HALF_RIGHT * half_right + NO_ANSWER * (self.distinct == 0))
 
 
 class Judge:

@@ -13,7 +13,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from rlhf_lightning.cli.application import run_verb
-from rlhf_lightning.cli.interrupts import Stopped, resumable, this_command
 from rlhf_lightning.cli.train import last_checkpoint
 
 REWARDS = """
@@ -213,12 +212,6 @@ def test_run_that_fails_before_anything_was_kept_speaks_of_no_checkpoint(
     assert "checkpoint" not in capsys.readouterr().err
 
 
-def test_error_that_is_not_the_users_carries_the_hint_below_its_traceback() -> None:
-    with pytest.raises(MemoryError) as error, resumable(lambda: "the last checkpoint is here"):
-        raise MemoryError
-    assert error.value.__notes__ == ["the last checkpoint is here"]
-
-
 def test_checkpoint_whose_link_leads_to_nothing_is_passed_over(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
@@ -252,22 +245,3 @@ def test_stopped_run_says_what_is_kept_and_how_to_go_on(
     assert "the last checkpoint is" in errors
     assert "ckpt_path=last" in errors
     assert not Path("out/model").exists()
-
-
-def test_interrupts_of_every_kind_carry_the_hint() -> None:
-    def by_lightning() -> None:
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            sys.exit(1)
-
-    with pytest.raises(Stopped) as stop, resumable(lambda: "kept"):
-        by_lightning()
-    assert (stop.value.hint, stop.value.exit_code) == ("kept", 130)
-    with pytest.raises(SystemExit), resumable(lambda: "kept"):
-        sys.exit(3)
-
-
-def test_command_to_go_on_replaces_what_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/bin/rlhf", "train", "ckpt_path=old.ckpt", "a=b c"])
-    assert this_command("ckpt_path=last") == "rlhf train 'a=b c' ckpt_path=last"

@@ -10,6 +10,7 @@ from rlhf_lightning.world.corpus import demonstrations
 from rlhf_lightning.world.instructions import split
 from rlhf_lightning.world.judge import (
     HALF_RIGHT,
+    NO_ANSWER,
     Judge,
     ceiling,
     label,
@@ -69,6 +70,7 @@ def test_the_verdict_counts_what_it_found() -> None:
         pytest.param([FALLS_TECHNICALLY, GROWS_TECHNICALLY], 2 * HALF_RIGHT, id="all off register"),
         pytest.param([FALLS, GROWS, BEES], 1, id="another topic beside two facts"),
         pytest.param([FALLS, BEES], 1, id="another topic"),
+        pytest.param([BEES, FALSE], 2 + NO_ANSWER, id="nothing of the topic"),
         pytest.param([FALLS, FALSE], 1, id="false"),
         pytest.param([FALLS, FALLS], 1, id="repeated"),
         pytest.param([FALLS, FALLS_TECHNICALLY], 1, id="repeated in the other register"),
@@ -89,8 +91,8 @@ def test_the_register_is_the_one_of_the_audience() -> None:
 
 @pytest.mark.parametrize("response", ["", "  \n"])
 def test_an_empty_response_is_worse_than_a_false_sentence(response: str) -> None:
-    assert score(BRIEFLY, response) == -(1 + HALF_RIGHT) < score(BRIEFLY, FALSE)
-    assert score(FEW, response) == -(1 + 2 * HALF_RIGHT)
+    assert score(BRIEFLY, response) == -(1 + HALF_RIGHT + NO_ANSWER) < score(BRIEFLY, FALSE)
+    assert score(FEW, response) == -(1 + 2 * HALF_RIGHT + NO_ANSWER)
 
 
 def test_what_is_no_instruction_cannot_be_judged() -> None:
@@ -99,7 +101,7 @@ def test_what_is_no_instruction_cannot_be_judged() -> None:
 
 
 def test_the_judge_is_a_reward_function() -> None:
-    assert Judge().score([BRIEFLY, BRIEFLY], [FALLS, ""], column=["a", "b"]) == [0, -1 - HALF_RIGHT]
+    assert Judge().score([BRIEFLY, BRIEFLY], [FALLS, ""], column=["a", "b"]) == [0, -1 - HALF_RIGHT - NO_ANSWER]
 
 
 @pytest.mark.parametrize("agreement", [0.6, 0.75, 0.95])

@@ -1,0 +1,52 @@
+from typing import Any
+
+import pytest
+
+from rlhf_lightning.cli.build import build, build_all
+from rlhf_lightning.errors import InputError
+
+
+def length(prompts: list[str], responses: list[str], scale: float = 1.0) -> list[float]:
+    return [scale * len(response) for response in responses]
+
+
+REWARD = {"_target_": f"{__name__}.length", "scale": 2.0}
+COUNTER = {"_target_": "collections.Counter", "a": 2}
+
+
+def test_a_node_becomes_its_object_with_further_arguments() -> None:
+    assert build("data", {"_target_": "collections.Counter", "a": 2}, b=1) == {"a": 2, "b": 1}
+
+
+def test_a_reward_function_is_not_called_but_bound_to_its_settings() -> None:
+    made = build("module.reward", dict(REWARD))
+    assert made(["p"], ["four"]) == [8.0]
+
+
+def test_what_a_constructor_refuses_is_an_input_error_with_the_place() -> None:
+    node = {"_target_": "rlhf_lightning.data.SFTDataModule", "path": "rows.jsonl", "batch_size": 0}
+    with pytest.raises(InputError, match=r"data\.sft: data\.batch_size=0 must be at least 1"):
+        build("data.sft", node)
+
+
+def test_what_the_trainer_refuses_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="trainer: "):
+        build("trainer", {"_target_": "lightning.Trainer", "accelerator": "abacus"})
+
+
+def test_an_error_of_the_code_is_not_the_users() -> None:
+    with pytest.raises(Exception, match="takes no keyword arguments") as error:
+        build("module", {"_target_": "rlhf_lightning.errors.InputError", "text": "x"})
+    assert not isinstance(error.value, InputError)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        (None, {}),
+        ({"one": COUNTER, "none": None}, {"one": {"a": 2}}),
+        (COUNTER, {"": {"a": 2}}),
+    ],
+)
+def test_named_nodes_become_named_objects(nodes: Any, expected: dict[str, Any]) -> None:
+    assert build_all("callbacks", nodes) == expected
