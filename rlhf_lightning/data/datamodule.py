@@ -103,14 +103,13 @@ class TextDataModule(LightningDataModule, Generic[Item]):
         self.train_items: list[Item] = []
         self.val_items: list[Item] = []
         self._given_tokenizer = tokenizer
-        self._set_up_for: tuple[object, ...] | None = None
+        self._train_made_for: tuple[object, ...] | None = None
+        self._val_made_for: tuple[object, ...] | None = None
 
     def setup(self, stage: str) -> None:
         """Read and tokenise, unless it was done before with the same tokenizer and limit."""
         self.tokenizer = self._module_tokenizer() if self._given_tokenizer is None else self._given_tokenizer
-        limit = self.limit()
-        if self._set_up_for != (self.tokenizer, limit):
-            self._tokenize(self.tokenizer, limit)
+        self._tokenize(self.tokenizer, self.limit(), stage)
         if stage == "fit":
             self._require_whole_batch()
 
@@ -185,14 +184,18 @@ class TextDataModule(LightningDataModule, Generic[Item]):
             "whose tokenizer it then brings"
         )
 
-    def _tokenize(self, tokenizer: "PreTrainedTokenizerBase", limit: Limit | None) -> None:
+    def _tokenize(self, tokenizer: "PreTrainedTokenizerBase", limit: Limit | None, stage: str) -> None:
+        """Make the items that the stage needs: validation alone does not pay for the training rows."""
         self.check_tokenizer(tokenizer)
-        encoder = Encoder(tokenizer, prompt_template=self.prompt_template)
         if not self.train_rows:
             self.train_rows, self.val_rows = self._read()
-        self.train_items = self._kept(self.train_rows, encoder, limit, "training")
-        self.val_items = self._kept(self.val_rows, encoder, limit, "validation")
-        self._set_up_for = (tokenizer, limit)
+        encoder = Encoder(tokenizer, prompt_template=self.prompt_template)
+        if stage == "fit" and self._train_made_for != (tokenizer, limit):
+            self.train_items = self._kept(self.train_rows, encoder, limit, "training")
+            self._train_made_for = (tokenizer, limit)
+        if self._val_made_for != (tokenizer, limit):
+            self.val_items = self._kept(self.val_rows, encoder, limit, "validation")
+            self._val_made_for = (tokenizer, limit)
 
     def _read(self) -> tuple[list[Row], list[Row]]:
         rows = self.read(self.path, split=self.split, setting="data.path")

@@ -3,9 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-from torch.utils.data import DataLoader, SequentialSampler
+from typing import TYPE_CHECKING
 
 from rlhf_lightning.data.collating import comparison_batch
 from rlhf_lightning.data.datamodule import Limit, TextDataModule, position_limit, setting_limit, tightest
@@ -68,11 +66,6 @@ class RewardDataModule(TextDataModule[RankedSequences]):
             num_workers=num_workers,
         )
         self.max_length = setting_limit("max_length", max_length)
-
-    def chosen_dataloader(self) -> "DataLoader[Any]":
-        """Return the best response of each training row, in order, on every process: what the scores are centred on."""
-        best = [RankedSequences(item.sequences[:1]) for item in self.train_items]
-        return self._loader(best, SequentialSampler(best), drop_last=False)
 
     def limit(self) -> Limit | None:
         """Return the smaller of ``max_length`` and the model's positions."""

@@ -1,6 +1,7 @@
 """From text to token ids: the template, the special tokens, and the border between prompt and response."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +57,8 @@ class Encoder:
             raise InputError(f"prompt_template={prompt_template!r} must contain {PLACE} exactly once")
         self.tokenizer: Any = tokenizer
         self.prompt_template = prompt_template
+        # The responses of a ranking follow each other: their prompt is tokenised once.
+        self._ids = lru_cache(maxsize=1024)(self._tokenized)
 
     def exchange(self, example: Exchange) -> TokenSequence:
         """Return prompt and response, of which the response with its end token is learnt."""
@@ -64,12 +67,12 @@ class Encoder:
         response = example.response
         if not isinstance(example.prompt, str):
             response = self._rendered_response(example, prompt)
-        ids = [*prompt_ids, *self._ended(self._ids(response, add_special_tokens=False))]
+        ids = [*prompt_ids, *self._ended(self._tokenized(response, add_special_tokens=False))]
         return TokenSequence(torch.tensor(ids), len(prompt_ids))
 
     def text(self, example: RawText) -> TokenSequence:
         """Return the text with its end token; its first token has nothing to be predicted from."""
-        ids = self._ended(self._ids(example.text, add_special_tokens=True))
+        ids = self._ended(self._tokenized(example.text, add_special_tokens=True))
         if len(ids) < 2:
             raise InputError(f"{example.origin}: the tokenizer makes no token of the text {example.text!r}")
         return TokenSequence(torch.tensor(ids), 1)
@@ -95,7 +98,7 @@ class Encoder:
         ends = [end for _, end in encoding["offset_mapping"]]
         return text[: ends[tokens - 1]] if len(ends) >= tokens else None
 
-    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def _tokenized(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
     def _prompt_ids(self, prompt: Prompt, text: str, origin: str) -> list[int]:

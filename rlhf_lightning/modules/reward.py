@@ -181,21 +181,18 @@ class RewardModule(LanguageModule):
     @torch.no_grad()
     def _center_on_chosen(self) -> None:
         head = scalar_head(self.reward_model)
-        moments = HiddenMoments(head.in_features, self.device)
         chosen = HiddenMoments(head.in_features, self.device)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         batches: Any = self.trainer.train_dataloader
         for batch in batches:
-            hidden, scores = self._last_hidden(batch.to(self.device))
-            best = batch.ranks.to(self.device) == 0
-            moments.update(hidden)
-            chosen.update(hidden[best])
-            total += scores[best].double().sum()
-        for seen in (moments, chosen):
-            seen.sum_up(self.sum_over_ranks)
+            best = batch.rows((batch.ranks == 0).nonzero().squeeze(1)).to(self.device)
+            hidden, scores = self._last_hidden(best)
+            chosen.update(hidden)
+            total += scores.double().sum()
+        chosen.sum_up(self.sum_over_ranks)
         shift = -float(self.sum_over_ranks(total) / chosen.count)
-        spread = shift_scores(head, shift, mean=chosen.mean, covariance=moments.covariance)
-        log.info("scores shifted by %.3f (standard deviation of the change over the training data %.3f)", shift, spread)
+        spread = shift_scores(head, shift, mean=chosen.mean, covariance=chosen.covariance)
+        log.info("scores shifted by %.3f (standard deviation of the change over the best %.3f)", shift, spread)
 
     def _last_hidden(self, batch: ComparisonBatch) -> tuple[Tensor, Tensor]:
         """Return what the scalar head reads of each sequence (B, hidden), and its score (B,)."""

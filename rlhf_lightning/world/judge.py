@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -92,14 +93,15 @@ def temperature_for_agreement(score_differences: Sequence[float], agreement: flo
     """
     if not 0.5 < agreement < 1:
         raise InputError(f"agreement={agreement} must lie between 0.5 (labels at random) and 1 (labels without noise)")
-    sizes = [abs(difference) for difference in score_differences if difference != 0]
+    # Scores are sums of a few fixed prices: a million differences have some dozens of sizes.
+    sizes = Counter(abs(difference) for difference in score_differences if difference != 0)
     if not sizes:
         raise InputError(f"score_differences must hold one that is not 0; found {len(score_differences)} of 0")
     # At these bounds even the largest difference is noise, and even the smallest one is certain.
     low, high = min(sizes) / 50, max(sizes) * 1e6
     for _ in range(100):
         middle = math.sqrt(low * high)
-        expected = sum(1 / (1 + math.exp(-size / middle)) for size in sizes) / len(sizes)
+        expected = sum(n / (1 + math.exp(-size / middle)) for size, n in sizes.items()) / sizes.total()
         low, high = (middle, high) if expected > agreement else (low, middle)
     return high
 

@@ -38,17 +38,6 @@ def test_the_batch_size_counts_prompts(tokenizer: PreTrainedTokenizerBase) -> No
     assert [len(batch) for batch in data.train_dataloader()] == [12, 12, 6]
 
 
-def test_the_chosen_responses_come_once_each_and_in_order(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = [{"prompt": str(i), "chosen": "good" * i, "rejected": "bad"} for i in range(1, 21)]
-    data = RewardDataModule(rows, tokenizer=tokenizer, batch_size=8, val_fraction=0.1)
-    data.setup("fit")
-    batches = list(data.chosen_dataloader())
-    expected = [f"<bos>{row.fields['prompt']}{row.fields['chosen']}<eos>" for row in data.train_rows]
-    assert [text for batch in batches for text in texts(batch, tokenizer)] == expected
-    assert len(expected) == 18
-    assert all((batch.ranks == 0).all() for batch in batches)
-
-
 def test_a_row_is_dropped_whole_where_one_response_is_too_long(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [PAIR, {**RANKING, "responses": ["best", "fair", "w" * 50]}]
     data = RewardDataModule(rows, tokenizer=tokenizer, max_length=20, val_fraction=0)
