@@ -125,14 +125,18 @@ class ScoredRollout(Rollout):
     ref_logprobs: Tensor
     """(B, R) the same under the frozen reference, nats."""
     values: Tensor
-    """(B, R) the critic's value of the state before each response token."""
+    """(B, R + 1) the critic's value of the state before each response token, and after the last; 0 without a critic."""
     scores: Tensor
     """(B,) what the reward says of each whole response, before penalties."""
 
 
 @dataclass(frozen=True)
 class Experience(Record):
-    """What the updates of PPO need of a rollout; everything with an R axis is 0 outside of ``response_mask``."""
+    """What the updates of PPO need of a rollout; everything with an R axis is 0 outside of its mask.
+
+    Actions are the response tokens, (B, R) under ``response_mask``. States are what they are chosen in, (B, R + 1)
+    under ``value_mask``: that before each token, and where the score is placed there, the one after the last.
+    """
 
     tokens: Tensor
     """(B, T) prompt and response ids."""
@@ -140,13 +144,17 @@ class Experience(Record):
     """(B, T) bool."""
     response_mask: Tensor
     """(B, R) bool."""
+    value_mask: Tensor
+    """(B, R + 1) bool."""
     old_logprobs: Tensor
     """(B, R) log-probabilities at sampling time, nats."""
+    ref_logprobs: Tensor
+    """(B, R) log-probabilities under the reference, nats."""
     old_values: Tensor
-    """(B, R) values at sampling time."""
+    """(B, R + 1) values at sampling time."""
     rewards: Tensor
-    """(B, R) reward of each token: KL penalty everywhere, the score at the last token."""
+    """(B, R + 1) reward of each step: the KL penalty, and at the last one the score."""
     advantages: Tensor
-    """(B, R) centred and scaled over all response tokens of the rollout on all ranks."""
+    """(B, R) how much better each token was than expected, in the scale of the estimator."""
     returns: Tensor
-    """(B, R) targets of the critic."""
+    """(B, R + 1) targets of the critic."""

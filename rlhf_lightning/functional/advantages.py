@@ -32,6 +32,37 @@ def gae(
     return advantages
 
 
+def leave_one_out(rewards: Float[Tensor, " B"], *, group_size: int) -> Float[Tensor, " B"]:
+    """Return each reward less the mean of the others of its group (Ahmadian et al. 2024, eq. 7): RLOO.
+
+    Groups are ``group_size`` neighbouring rows, the samples of one prompt. The baseline does not depend on the sample
+    it is taken from, so that the gradient stays unbiased.
+    """
+    groups = rewards.unflatten(0, (-1, group_size))
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
+
+
+def group_normalized(rewards: Float[Tensor, " B"], *, group_size: int, eps: float = 1e-8) -> Float[Tensor, " B"]:
+    """Return (reward - mean) / standard deviation within each group (Shao et al. 2024, sec. 4.1.2): GRPO.
+
+    A group whose rewards are all alike teaches nothing: its advantages are 0.
+    """
+    groups = rewards.unflatten(0, (-1, group_size))
+    centered = groups - groups.mean(dim=1, keepdim=True)
+    return (centered / (groups.std(dim=1, keepdim=True, correction=0) + eps)).flatten()
+
+
+def baselined(rewards: Float[Tensor, " B"], others: Float[Tensor, "3"] | Float[Tensor, "3 B"]) -> Float[Tensor, " B"]:
+    """Return each reward less a mean (Williams 1992, sec. 4): that of other rewards, by their count and sum.
+
+    ``others`` are the moments of rewards that do not depend on the sample, of all rows or of each; without any the
+    baseline is 0.
+    """
+    count, total = others[0], others[1]
+    return rewards - (total / count.clamp(min=1.0)).to(rewards)
+
+
 def explained_variance(error_moments: Float[Tensor, "3"], return_moments: Float[Tensor, "3"]) -> Float[Tensor, ""]:
     """Return 1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one.
 

@@ -19,6 +19,11 @@ def clipped_policy_loss(
     return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
 
 
+def reinforce_loss(logprobs: Float[Tensor, "B R"], advantages: Float[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+    """Return -A log p of each token: its gradient is that of REINFORCE (Williams 1992, eq. 11), nothing is clipped."""
+    return -advantages * logprobs
+
+
 def clipped_value_loss(
     values: Float[Tensor, "B R"],
     old_values: Float[Tensor, "B R"],

@@ -28,6 +28,12 @@ def masked_sum(x: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> Float[Tens
     return x.masked_fill(~mask, 0.0).sum(dim=1)
 
 
+def sum_to_go(x: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+    """Return at each kept position the sum of the kept values from there on; 0 elsewhere."""
+    kept = x.masked_fill(~mask, 0.0)
+    return kept.flip(1).cumsum(dim=1).flip(1).masked_fill(~mask, 0.0)
+
+
 def masked_mean(x: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, ""]:
     """Return the mean over all kept values; at least one must be kept."""
     return x.masked_fill(~mask, 0.0).sum() / mask.sum()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float, Int
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
 from rlhf_lightning.networks import Model, load_tokenizer, max_positions, save_pretrained
+from rlhf_lightning.types import SFTBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +69,15 @@ class LanguageModule(LightningModule):
     def _datamodule(self) -> Any:
         # Lightning sets the attribute when the Trainer is given a DataModule; plain loaders have none.
         return getattr(self.trainer, "datamodule", None)
+
+
+def predictions(network: nn.Module, batch: SFTBatch) -> tuple[Float[Tensor, "N V"], Int[Tensor, " N"]]:
+    """Return the logits in float32 that predict the N tokens that count, and these tokens."""
+    model: Any = network
+    logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask.long(), use_cache=False).logits
+    # The token at t is predicted by the logits at t - 1.
+    predicted = batch.loss_mask[:, 1:]
+    return logits[:, :-1][predicted].float(), batch.tokens[:, 1:][predicted]
 
 
 def adamw_with_schedule(

@@ -3,29 +3,43 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
+from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.functional.advantages import explained_variance
-from rlhf_lightning.functional.kl import k1, k3
+from rlhf_lightning.functional.kl import adapted_beta, k1, k1_weighted, k2
 from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
-from rlhf_lightning.functional.losses import clipped_policy_loss, clipped_value_loss
-from rlhf_lightning.functional.masking import masked_moments, masked_sum
+from rlhf_lightning.functional.losses import clipped_policy_loss, clipped_value_loss, reinforce_loss
+from rlhf_lightning.functional.masking import masked_sum
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
-from rlhf_lightning.modules.language import LanguageModule, without_dropout_on_purpose
+from rlhf_lightning.modules.language import LanguageModule, predictions, without_dropout_on_purpose
+from rlhf_lightning.modules.ppo_checks import check_settings
+from rlhf_lightning.modules.ptx import BatchStream
 from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
-from rlhf_lightning.rollout.experience import estimate_advantages, minibatches, trimmed_micro_batches
+from rlhf_lightning.rollout.experience import (
+    AdvantageSettings,
+    Baseline,
+    Estimator,
+    Placement,
+    estimate_advantages,
+    minibatches,
+    trimmed_micro_batches,
+)
 from rlhf_lightning.rollout.generate import generate
+from rlhf_lightning.rollout.metrics import critic_metrics, rollout_metrics
 from rlhf_lightning.rollout.reward import ModelReward, Reward, load_reward
 from rlhf_lightning.rollout.score import response_logits, response_values, score_rollout
+from rlhf_lightning.rollout.shaping import MissingEOS, Normalization, RunningMoments, Shaping
 from rlhf_lightning.types import Experience, PromptBatch, RewardFunction, Rollout, ScoredRollout
 
 if TYPE_CHECKING:
@@ -34,12 +48,18 @@ if TYPE_CHECKING:
 FROZEN = ("reference.", "reward.")
 """Networks that training never changes: they come from their folders and stay out of checkpoints."""
 
+OF_STATES = ("value_loss", "value_clip_fraction")
+"""Quantities of an update that have a place for each state (B, R + 1); the others have one for each token (B, R)."""
+
+KLPenalty = Literal["reward", "loss_k1", "loss_k2"]
+
 
 class PPOModule(LanguageModule):
     """Trains a policy by PPO (Schulman et al. 2017) on R(x, y) - beta log [p_RL(y|x) / p_FT(y|x)] (Ouyang et al. 2022).
 
     The reference p_FT is the policy as it was given. The critic starts from the reward model where that reads the
-    policy's tokens, else from the policy. All four run without dropout.
+    policy's tokens, else from the policy. All four run without dropout. Other estimators of the policy gradient do
+    without a critic: REINFORCE (Williams 1992), RLOO (Ahmadian et al. 2024), GRPO (Shao et al. 2024).
     """
 
     def __init__(
@@ -50,11 +70,29 @@ class PPOModule(LanguageModule):
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         reward_tokenizer: "PreTrainedTokenizerBase | None" = None,
         beta: float = 0.05,
+        kl_penalty: KLPenalty = "reward",
+        adaptive_kl_target: float | None = None,
+        adaptive_kl_horizon: float = 10_000.0,
+        normalize_scores: Normalization = "none",
+        score_clip: float | None = None,
+        missing_eos: MissingEOS = "replace",
+        missing_eos_penalty: float = 1.0,
+        length_penalty: float = 0.0,
+        repetition_penalty: float = 0.0,
+        score_placement: Placement = "after_end",
+        advantage: Estimator = "gae",
+        samples_per_prompt: int = 1,
+        baseline: Baseline = "batch",
         gamma: float = 1.0,
         lam: float = 0.95,
+        loss_mean: Literal["tokens", "sequences"] = "tokens",
         clip_range: float = 0.2,
         value_clip_range: float = 0.2,
         value_coef: float = 0.1,
+        entropy_coef: float = 0.0,
+        target_kl: float | None = None,
+        ptx_coef: float = 0.0,
+        ptx_data: LightningDataModule | None = None,
         ppo_epochs: int = 4,
         minibatch_size: int = 32,
         micro_batch_size: int = 8,
@@ -63,50 +101,51 @@ class PPOModule(LanguageModule):
         lr_schedule: Schedule = "linear",
         warmup_steps: int = 0,
         max_grad_norm: float = 1.0,
+        ema_decay: float | None = None,
         max_new_tokens: int = 64,
         temperature: float = 1.0,
-        missing_eos_penalty: float = 1.0,
+        top_p: float = 1.0,
         seed: int = 0,
     ) -> None:
         """Load the policy; the other roles are made in `setup`, when the tokenizer is known.
 
         Sizes count sequences of one process: ``minibatch_size`` for each optimizer step, which must divide the rollout,
-        and ``micro_batch_size`` for each forward. Raises `InputError` where a setting is out of its range.
+        and ``micro_batch_size`` for each forward. Raises `InputError` where a setting is out of its range or two
+        contradict each other, before anything is loaded.
         """
+        check_settings(locals())
         super().__init__(model, tokenizer)
-        _require(temperature > 0, "temperature", temperature, "must be above 0: PPO learns from samples")
-        _require(0 <= gamma <= 1, "gamma", gamma, "must lie in [0, 1]")
-        _require(0 <= lam <= 1, "lam", lam, "must lie in [0, 1]")
-        for name, amount in (
-            ("beta", beta),
-            ("value_coef", value_coef),
-            ("learning_rate", learning_rate),
-            ("critic_learning_rate", critic_learning_rate),
-            ("warmup_steps", warmup_steps),
-            ("missing_eos_penalty", missing_eos_penalty),
-        ):
-            _require(amount >= 0, name, amount, "must not be negative")
-        for name, amount in (("clip_range", clip_range), ("value_clip_range", value_clip_range)):
-            _require(amount > 0, name, amount, "must be above 0: nothing could change")
-        _require(max_grad_norm > 0, "max_grad_norm", max_grad_norm, "must be above 0; inf clips nothing")
-        for name, size in (
-            ("ppo_epochs", ppo_epochs),
-            ("minibatch_size", minibatch_size),
-            ("micro_batch_size", micro_batch_size),
-            ("max_new_tokens", max_new_tokens),
-        ):
-            _require(size >= 1, name, size, "must be at least 1")
         self.automatic_optimization = False
         # Frozen networks are not in a checkpoint; `load_state_dict` checks all other keys itself.
         self.strict_loading = False
         self.policy = load_policy(model).eval()
         self.reference = deepcopy(self.policy).requires_grad_(False)
-        self.beta = beta
+        self.ema = None if ema_decay is None else deepcopy(self.reference)
+        self.kl_penalty = kl_penalty
+        self.adaptive_kl_target = adaptive_kl_target
+        self.adaptive_kl_horizon = adaptive_kl_horizon
+        self.shaping = Shaping(
+            normalize_scores=normalize_scores,
+            score_clip=score_clip,
+            missing_eos=missing_eos,
+            missing_eos_penalty=missing_eos_penalty,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+        )
+        self.score_placement = score_placement
+        self.advantage = advantage
+        self.samples_per_prompt = samples_per_prompt
+        self.baseline = baseline
         self.gamma = gamma
         self.lam = lam
+        self.loss_mean = loss_mean
         self.clip_range = clip_range
         self.value_clip_range = value_clip_range
         self.value_coef = value_coef
+        self.entropy_coef = entropy_coef
+        self.target_kl = target_kl
+        self.ptx_coef = ptx_coef
+        self.ptx_data = ptx_data
         self.ppo_epochs = ppo_epochs
         self.minibatch_size = minibatch_size
         self.micro_batch_size = micro_batch_size
@@ -115,10 +154,17 @@ class PPOModule(LanguageModule):
         self.lr_schedule = lr_schedule
         self.warmup_steps = warmup_steps
         self.max_grad_norm = max_grad_norm
+        self.ema_decay = ema_decay
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
-        self.missing_eos_penalty = missing_eos_penalty
         self.seed = seed
+        # What changes from rollout to rollout beside weights; `on_save_checkpoint` lists it.
+        self.beta = beta
+        self.updates = 0
+        self.seen_scores = RunningMoments()
+        self.seen_rewards = RunningMoments()
+        self.ptx_batches: BatchStream | None = None
+        self._ptx_drawn = 0
         # In a closure: a network that was given here is registered once, as part of `reward`.
         self._load_reward = lambda: load_reward(
             reward, self.required_tokenizer, tokenizer=reward_tokenizer, micro_batch_size=micro_batch_size
@@ -131,8 +177,8 @@ class PPOModule(LanguageModule):
 
     @property
     def network(self) -> nn.Module:
-        """The policy."""
-        return self.policy
+        """What is exported: the moving average of the policy where one is kept, else the policy."""
+        return self.policy if self.ema is None else self.ema
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -156,40 +202,47 @@ class PPOModule(LanguageModule):
         return []
 
     def configure_model(self) -> None:
-        """Make the reward and the critic, once the policy's tokenizer is known."""
-        if self.critic is not None:
+        """Make the reward, and the critic where the estimator needs one, once the policy's tokenizer is known."""
+        if self.reward is not None:
             return
         self.reward = self._load_reward()
-        if isinstance(self.reward, ModelReward) and self.reward.shares_tokens:
-            self.critic = Critic.from_reward_model(self.reward.reward_model)
-        else:
-            self.critic = Critic.from_policy(self.policy, torch.Generator().manual_seed(self.seed))
+        if self.advantage == "gae":
+            self.critic = self._new_critic(self.reward)
         self.policy.requires_grad_(True)
         # Dropout would make the first ratio differ from 1.
         self.eval()
         without_dropout_on_purpose()
 
+    def on_fit_start(self) -> None:
+        """Open the stream of pretraining batches at the place where a resumed run left it."""
+        if self.ptx_data is not None:
+            self.ptx_batches = BatchStream(self.ptx_data, self.trainer)
+            self.ptx_batches.drawn = self._ptx_drawn
+
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample a rollout, score it, estimate advantages, and update policy and critic."""
         self.check_minibatches(len(batch))
-        rollout = self.generate(batch, self.trainer.global_step)
+        rollout = self.generate(self.with_samples(batch), self.trainer.global_step)
         scored = self.score(rollout)
-        experience = estimate_advantages(
-            scored,
-            beta=self.beta,
-            gamma=self.gamma,
-            lam=self.lam,
-            missing_eos_penalty=self.missing_eos_penalty,
-            sum_over_ranks=self.sum_over_ranks,
-        )
-        losses = self.update(experience)
-        metrics = self.rollout_metrics(scored, experience) | losses
+        parts = self.shaping(scored, self.seen_scores, sum_over_ranks=self.sum_over_ranks)
+        experience = self.experience(scored, parts)
+        metrics = rollout_metrics(scored, experience, parts, sum_over_ranks=self.sum_over_ranks)
+        if self.critic is not None:
+            metrics |= critic_metrics(experience, sum_over_ranks=self.sum_over_ranks)
+        metrics |= self.update(experience)
+        self._adapt_beta(metrics["kl"], len(scored))
+        self._move_average()
         for name, value in metrics.items():
             self.log(f"ppo/{name}", value, prog_bar=name in ("score", "kl"), batch_size=len(batch))
         self.scored_rollout = scored
 
+    def with_samples(self, batch: PromptBatch) -> PromptBatch:
+        """Return each prompt ``samples_per_prompt`` times, the samples of one prompt next to each other."""
+        prompts = torch.arange(len(batch), device=batch.prompt_tokens.device)
+        return batch.rows(prompts.repeat_interleave(self.samples_per_prompt))
+
     def generate(self, batch: PromptBatch, draw: int) -> Rollout:
-        """Sample a response for each prompt; ``draw`` selects the noise, which differs between ranks."""
+        """Sample a response for each row; ``draw`` selects the noise, which differs between ranks."""
         longest = self.max_positions
         needed = batch.prompt_tokens.shape[1] + self.max_new_tokens
         if longest is not None and needed > longest:
@@ -213,72 +266,91 @@ class PPOModule(LanguageModule):
             rollout,
             policy=self.policy,
             reference=self.reference,
-            critic=self._critic,
+            critic=self.critic,
             reward=self._reward,
             temperature=self.temperature,
             micro_batch_size=self.micro_batch_size,
         )
 
+    def experience(self, scored: ScoredRollout, parts: dict[str, Tensor]) -> Experience:
+        """Return rewards, advantages and returns of a scored rollout whose shaped score has these parts."""
+        scores = torch.stack(list(parts.values())).sum(dim=0)
+        return estimate_advantages(
+            scored, scores, self.advantage_settings, self.seen_rewards, sum_over_ranks=self.sum_over_ranks
+        )
+
+    @property
+    def advantage_settings(self) -> AdvantageSettings:
+        """How advantages are estimated now: beta may have been adapted."""
+        return AdvantageSettings(
+            advantage=self.advantage,
+            beta=self.beta if self.kl_penalty == "reward" else 0.0,
+            gamma=self.gamma,
+            lam=self.lam,
+            samples_per_prompt=self.samples_per_prompt,
+            baseline=self.baseline,
+            score_placement=self.score_placement,
+        )
+
     def update(self, experience: Experience) -> dict[str, Tensor]:
-        """Make ``ppo_epochs`` passes over the rollout, a step each minibatch; return the means of the metrics."""
+        """Make ``ppo_epochs`` passes over the rollout, a step each minibatch; return the means of the metrics.
+
+        With ``target_kl`` the step whose policy is already further from the one that sampled is the rollout's last.
+        """
         rollouts_done = self.trainer.global_step
         generator = seeded_generator(self.seed, rollouts_done)
-        sums: dict[str, Tensor] = {}
-        updates = self._updates_per_rollout(len(experience))
-        for update, minibatch in enumerate(self._minibatches(experience, generator)):
-            self._set_learning_rates(rollouts_done * updates + update, updates)
+        planned = self._updates_per_rollout(len(experience))
+        steps: list[dict[str, Tensor]] = []
+        for minibatch in self._minibatches(experience, generator):
+            self._set_learning_rates(rollouts_done * planned + len(steps), planned)
             metrics = self._accumulate_gradients(minibatch)
-            metrics |= self._optimizer_step(last=update == updates - 1)
-            sums = {name: sums[name] + value if sums else value for name, value in metrics.items()}
-        means = {name: value / updates for name, value in sums.items()}
-        learning_rate = torch.tensor(self._optimizer.param_groups[0]["lr"])
-        return means | {"learning_rate": learning_rate, "updates": torch.tensor((rollouts_done + 1.0) * updates)}
+            last = len(steps) + 1 == planned or self._moved_too_far(metrics["approx_kl"])
+            steps.append(metrics | self._optimizer_step(last=last))
+            if last:
+                break
+        self.updates += len(steps)
+        means = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
+        state = {"learning_rate": self._learning_rate, "updates": self.updates, "beta": self.beta}
+        return means | {name: torch.tensor(float(value)) for name, value in state.items()}
 
     def losses(self, experience: Experience) -> dict[str, Tensor]:
-        """Return per-token quantities (B, R) of the current policy and critic on sampled tokens."""
+        """Return the policy's quantities of each sampled token (B, R), and the critic's of each state (B, R + 1)."""
         tokens, attention_mask = experience.tokens, experience.attention_mask
         length = experience.response_mask.shape[1]
         logits = response_logits(self.policy, tokens, attention_mask, length=length)
         logprobs = gather_logprobs(logits, tokens[:, -length:], temperature=self.temperature)
         # Outside of the mask nothing counts, and a ratio of 1 keeps it finite.
         logprobs = logprobs.where(experience.response_mask, experience.old_logprobs)
-        values = response_values(self._critic, tokens, attention_mask, length=length)
-        log_ratio = logprobs - experience.old_logprobs
-        return {
-            "policy_loss": clipped_policy_loss(
-                logprobs, experience.old_logprobs, experience.advantages, clip_range=self.clip_range
-            ),
+        log_ratio = logprobs.detach() - experience.old_logprobs
+        quantities = {
+            "policy_loss": self._policy_loss(logprobs, experience),
+            "entropy": entropy(logits if self.entropy_coef else logits.detach(), temperature=self.temperature),
+            "approx_kl": log_ratio.square() / 2,
+            "ratio": log_ratio.exp(),
+            "clip_fraction": ((log_ratio.exp() - 1).abs() > self.clip_range).float(),
+        }
+        if self.kl_penalty != "reward":
+            quantities["kl_loss"] = self._kl_loss(logprobs, experience)
+        if self.critic is None:
+            return quantities
+        values = response_values(self.critic, tokens, attention_mask, length=length)
+        moved = (values.detach() - experience.old_values).abs()
+        return quantities | {
             "value_loss": clipped_value_loss(
                 values, experience.old_values, experience.returns, value_clip_range=self.value_clip_range
             ),
-            "entropy": entropy(logits.detach(), temperature=self.temperature),
-            "approx_kl": log_ratio.detach().square() / 2,
-            "ratio": log_ratio.detach().exp(),
-            "clip_fraction": ((log_ratio.detach().exp() - 1).abs() > self.clip_range).float(),
-            "value_clip_fraction": ((values.detach() - experience.old_values).abs() > self.value_clip_range).float(),
+            "value_clip_fraction": (moved > self.value_clip_range).float(),
         }
 
-    def rollout_metrics(self, scored: ScoredRollout, experience: Experience) -> dict[str, Tensor]:
-        """Return means over the responses, or the response tokens, of all processes."""
-        mask = scored.response_mask
-        lengths = mask.sum(dim=1).float()
-        sums = {
-            "score": scored.scores.sum(),
-            "kl": masked_sum(k1(scored.logprobs, scored.ref_logprobs), mask).sum(),
-            "kl_k3": masked_sum(k3(scored.logprobs, scored.ref_logprobs), mask).sum(),
-            "reward": experience.rewards.sum(),
-            "response_length": lengths.sum(),
-            "missing_eos": (~scored.ended).float().sum(),
-            "sequences": torch.tensor(float(len(scored)), device=lengths.device),
-        }
-        totals = self.sum_over_ranks(torch.stack([value.float() for value in sums.values()]))
-        means = dict(zip(sums, totals / totals[-1], strict=True))
-        del means["sequences"]
-        means["kl_per_token"] = means["kl"] / means["response_length"]
-        errors = masked_moments(experience.returns - experience.old_values, mask)
-        returns = masked_moments(experience.returns, mask)
-        means["explained_variance"] = explained_variance(self.sum_over_ranks(errors), self.sum_over_ranks(returns))
-        return means
+    def _policy_loss(self, logprobs: Tensor, experience: Experience) -> Tensor:
+        if self.advantage == "reinforce":
+            return reinforce_loss(logprobs, experience.advantages)
+        return clipped_policy_loss(logprobs, experience.old_logprobs, experience.advantages, clip_range=self.clip_range)
+
+    def _kl_loss(self, logprobs: Tensor, experience: Experience) -> Tensor:
+        if self.kl_penalty == "loss_k1":
+            return k1_weighted(logprobs, experience.ref_logprobs, experience.response_mask)
+        return k2(logprobs, experience.ref_logprobs)
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample on held-out prompts, with the same noise every time, and log score, KL and length."""
@@ -293,16 +365,15 @@ class PPOModule(LanguageModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return one AdamW with a group for the policy and one for the critic (eps as in Huang et al. 2024)."""
-        groups = [
-            {"params": list(self.policy.parameters()), "lr": self.learning_rate},
-            {"params": list(self._critic.parameters()), "lr": self.critic_learning_rate},
-        ]
+        groups = [{"params": list(self.policy.parameters()), "lr": self.learning_rate}]
+        if self.critic is not None:
+            groups.append({"params": list(self.critic.parameters()), "lr": self.critic_learning_rate})
         return torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients of policy and critic, each by its own norm, after they were unscaled."""
         norms = [clip_grad_norm_(group["params"], self.max_grad_norm) for group in optimizer.param_groups]
-        self._grad_norms = dict(zip(("policy_grad_norm", "critic_grad_norm"), norms, strict=True))
+        self._grad_norms = dict(zip(("policy_grad_norm", "critic_grad_norm"), norms, strict=False))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return what training changes: the frozen networks come from their folders."""
@@ -317,27 +388,49 @@ class PPOModule(LanguageModule):
             raise RuntimeError(f"checkpoint does not fit: missing {missing}, unexpected {keys.unexpected_keys}")
         return keys
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what changes from rollout to rollout beside weights, as plain numbers that are equal on all ranks."""
+        checkpoint["ppo"] = {
+            "beta": self.beta,
+            "updates": self.updates,
+            "seen_scores": asdict(self.seen_scores),
+            "seen_rewards": asdict(self.seen_rewards),
+            "ptx_drawn": 0 if self.ptx_batches is None else self.ptx_batches.drawn,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from what `on_save_checkpoint` added."""
+        state = checkpoint["ppo"]
+        self.beta, self.updates, self._ptx_drawn = state["beta"], state["updates"], state["ptx_drawn"]
+        self.seen_scores = RunningMoments(**state["seen_scores"])
+        self.seen_rewards = RunningMoments(**state["seen_rewards"])
+
     @property
     def _reward(self) -> Reward:
         assert self.reward is not None
         return self.reward
 
     @property
-    def _critic(self) -> Critic:
-        assert self.critic is not None
-        return self.critic
-
-    @property
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer: Any = self.optimizers()
         return cast(torch.optim.Optimizer, optimizer.optimizer)
 
-    def check_minibatches(self, rollout_size: int) -> None:
-        """Raise `InputError` where a rollout of so many sequences of one process cannot be cut into minibatches."""
+    @property
+    def _learning_rate(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def _new_critic(self, reward: Reward) -> Critic:
+        if isinstance(reward, ModelReward) and reward.shares_tokens:
+            return Critic.from_reward_model(reward.reward_model)
+        return Critic.from_policy(self.policy, torch.Generator().manual_seed(self.seed))
+
+    def check_minibatches(self, prompts: int) -> None:
+        """Raise `InputError` where the rollout of so many prompts of one process cannot be cut into minibatches."""
+        rollout_size = prompts * self.samples_per_prompt
         if rollout_size % self.minibatch_size:
             raise InputError(
                 f"minibatch_size={self.minibatch_size} must divide the rollout of {rollout_size} sequences "
-                "(data.batch_size)"
+                "(data.batch_size * samples_per_prompt)"
             )
 
     def _updates_per_rollout(self, rollout_size: int) -> int:
@@ -350,20 +443,49 @@ class PPOModule(LanguageModule):
     def _accumulate_gradients(self, minibatch: Experience) -> dict[str, Tensor]:
         """Add up the gradients of all micro-batches; return the means over the minibatch's tokens on all processes."""
         self._optimizer.zero_grad()
-        # A token mean over the whole optimizer step: the count must be known before the first micro-batch.
-        count = self.sum_over_ranks(minibatch.response_mask.sum().float())
+        pretraining = {} if self.ptx_batches is None else self._add_ptx_gradients(next(self.ptx_batches))
+        # Means over the whole optimizer step: the counts must be known before the first micro-batch.
+        own = [minibatch.response_mask.sum(), minibatch.value_mask.sum(), torch.tensor(len(minibatch))]
+        tokens, states, sequences = self.sum_over_ranks(torch.tensor([float(n) for n in own], device=self.device))
+        policy_scale = tokens / sequences if self.loss_mean == "sequences" else 1.0
         sums: dict[str, Tensor] = {}
         parts = list(trimmed_micro_batches(minibatch, micro_batch_size=self.micro_batch_size))
         for part in parts:
-            tokens = self.losses(part)
-            means = {name: masked_sum(x, part.response_mask).sum() / count for name, x in tokens.items()}
-            loss = means["policy_loss"] + self.value_coef * means["value_loss"]
+            quantities = self.losses(part)
+            means = {
+                name: masked_sum(x, part.value_mask).sum() / states
+                if name in OF_STATES
+                else masked_sum(x, part.response_mask).sum() / tokens
+                for name, x in quantities.items()
+            }
             with self._gradient_sync(part is parts[-1]):
                 # Data-parallel strategies average over ranks, while these losses are parts of one global mean.
-                self.manual_backward(loss * self.trainer.world_size)
+                self.manual_backward(self._loss(means, policy_scale) * self.trainer.world_size)
             sums = {name: sums[name] + x.detach() if sums else x.detach() for name, x in means.items()}
         totals = self.sum_over_ranks(torch.stack(list(sums.values())))
-        return dict(zip(sums, totals, strict=True))
+        return dict(zip(sums, totals, strict=True)) | pretraining
+
+    def _loss(self, means: dict[str, Tensor], policy_scale: Tensor | float) -> Tensor:
+        """Return what is minimised: the policy's terms, and the critic's beside them."""
+        policy = means["policy_loss"] - self.entropy_coef * means["entropy"]
+        if "kl_loss" in means:
+            policy = policy + self.beta * means["kl_loss"]
+        loss = policy_scale * policy
+        return loss + self.value_coef * means["value_loss"] if "value_loss" in means else loss
+
+    def _add_ptx_gradients(self, batch: Any) -> dict[str, Tensor]:
+        """Add ptx_coef times the gradient of the next-token loss (Ouyang et al. 2022, eq. 2); return that loss."""
+        batch = batch.to(self.device)
+        tokens = self.sum_over_ranks(batch.loss_mask.sum().float())
+        total = torch.zeros((), device=self.device)
+        for rows in torch.arange(len(batch), device=self.device).split(self.micro_batch_size):
+            logits, targets = predictions(self.policy, batch.rows(rows))
+            loss = cross_entropy(logits, targets, reduction="sum") / tokens
+            # The gradients travel between ranks with those of the minibatch's last part.
+            with self._gradient_sync(False):
+                self.manual_backward(self.ptx_coef * loss * self.trainer.world_size)
+            total += loss.detach()
+        return {"ptx_loss": self.sum_over_ranks(total)}
 
     @contextmanager
     def _gradient_sync(self, wanted: bool) -> Iterator[None]:
@@ -383,13 +505,35 @@ class PPOModule(LanguageModule):
             self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
         return self._grad_norms
 
+    def _moved_too_far(self, approx_kl: Tensor) -> bool:
+        # The mean over all ranks, so that they agree.
+        return self.target_kl is not None and float(approx_kl) > self.target_kl
+
+    def _adapt_beta(self, kl: Tensor, responses: int) -> None:
+        if self.adaptive_kl_target is not None:
+            self.beta = adapted_beta(
+                self.beta,
+                float(kl),
+                target=self.adaptive_kl_target,
+                horizon=self.adaptive_kl_horizon,
+                episodes=responses * self.trainer.world_size,
+            )
+
+    @torch.no_grad()
+    def _move_average(self) -> None:
+        """Move the averaged weights: ema <- d ema + (1 - d) policy, once a rollout (Ouyang et al. 2022, C.4)."""
+        if self.ema is None or self.ema_decay is None:
+            return
+        for average, weight in zip(self.ema.parameters(), self.policy.parameters(), strict=True):
+            average.lerp_(weight, 1 - self.ema_decay)
+
     def _set_learning_rates(self, update: int, updates_per_rollout: int) -> None:
         """Set what the schedule says of this update out of all that the Trainer will make."""
         total = self.trainer.estimated_stepping_batches * updates_per_rollout
         warmup = self.warmup_steps * updates_per_rollout
         factor = learning_rate_factor(update, total, schedule=self.lr_schedule, warmup_steps=warmup)
         rates = (self.learning_rate, self.critic_learning_rate)
-        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=False):
             group["lr"] = rate * factor
 
 
@@ -398,8 +542,3 @@ def seeded_generator(*entropy: int, device: torch.device | str = "cpu") -> torch
     sequence = np.random.SeedSequence([number % 2**32 for number in entropy])
     seed = int(sequence.generate_state(1, np.uint64)[0])
     return torch.Generator(device=device).manual_seed(seed % 2**63)
-
-
-def _require(holds: bool, name: str, value: object, rule: str) -> None:
-    if not holds:
-        raise InputError(f"{name}={value} {rule}")

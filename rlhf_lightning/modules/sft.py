@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
 from rlhf_lightning.functional.schedules import Schedule
-from rlhf_lightning.modules.language import LanguageModule, adamw_with_schedule
+from rlhf_lightning.modules.language import LanguageModule, adamw_with_schedule, predictions
 from rlhf_lightning.networks import Model, load_policy, stop_token_ids
 from rlhf_lightning.types import SFTBatch
 
@@ -59,11 +59,7 @@ class SFTModule(LanguageModule):
 
     def forward(self, batch: SFTBatch) -> tuple[Tensor, Tensor]:
         """Return the logits (N, V) in float32 that predict the N tokens that count, and these tokens (N,)."""
-        network: Any = self.policy
-        logits = network(input_ids=batch.tokens, attention_mask=batch.attention_mask.long(), use_cache=False).logits
-        # The token at t is predicted by the logits at t - 1.
-        predicted = batch.loss_mask[:, 1:]
-        return logits[:, :-1][predicted].float(), batch.tokens[:, 1:][predicted]
+        return predictions(self.policy, batch)
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """Return the loss in nats per token, weighted so that the processes' average is the mean over all tokens."""

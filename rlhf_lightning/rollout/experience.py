@@ -1,49 +1,105 @@
 """From a scored rollout to experience, and from experience to the batches of the updates."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf_lightning.functional.advantages import gae
+from rlhf_lightning.functional.advantages import baselined, gae, group_normalized, leave_one_out
 from rlhf_lightning.functional.kl import k1
 from rlhf_lightning.functional.masking import center_and_scale, masked_moments
-from rlhf_lightning.functional.rewards import subtract_missing_eos, token_rewards
+from rlhf_lightning.functional.rewards import token_rewards, value_mask
+from rlhf_lightning.rollout.shaping import RunningMoments, moments_of
 from rlhf_lightning.types import Experience, ScoredRollout
+
+Estimator = Literal["gae", "reinforce", "rloo", "grpo"]
+Baseline = Literal["batch", "running"]
+Placement = Literal["after_end", "end_token"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageSettings:
+    """How advantages are estimated."""
+
+    advantage: Estimator
+    """"gae" with a critic; "reinforce", "rloo" and "grpo" from the rewards of whole responses, without one."""
+    beta: float
+    """Price of a nat of KL in the reward; 0 where the penalty is part of the loss."""
+    gamma: float
+    lam: float
+    samples_per_prompt: int
+    baseline: Baseline
+    """Of "reinforce": the mean of the others of the rollout, or of all rollouts before."""
+    score_placement: Placement
+    """"after_end": at a step of its own after the last token (Huang et al. 2024); "end_token": at the last token."""
 
 
 def estimate_advantages(
     scored: ScoredRollout,
+    scores: Float[Tensor, " B"],
+    settings: AdvantageSettings,
+    seen: RunningMoments,
     *,
-    beta: float,
-    gamma: float,
-    lam: float,
-    missing_eos_penalty: float,
     sum_over_ranks: Callable[[Tensor], Tensor],
 ) -> Experience:
-    """Turn scores and KL into rewards per token, and these into advantages and returns.
+    """Turn shaped scores and KL into rewards per step, and these into advantages and returns.
 
-    Returns are the advantages before centring and scaling plus the values. ``sum_over_ranks`` adds a tensor up over
-    all processes, so that the advantages share one mean and one scale.
+    Returns are the advantages before centring and scaling plus the values. ``seen`` are the rewards of the rollouts
+    before, and takes in those of this one. ``sum_over_ranks`` adds a tensor up over all processes, so that they share
+    one mean and one scale.
     """
     mask = scored.response_mask
-    scores = subtract_missing_eos(scored.scores, scored.ended, penalty=missing_eos_penalty)
-    rewards = token_rewards(scores, k1(scored.logprobs, scored.ref_logprobs), mask, beta=beta)
-    advantages = gae(rewards, scored.values, mask, gamma=gamma, lam=lam)
-    moments = sum_over_ranks(masked_moments(advantages, mask))
+    states = value_mask(mask, after_end=settings.score_placement == "after_end")
+    kl = k1(scored.logprobs, scored.ref_logprobs)
+    rewards = token_rewards(scores, kl, mask, states, beta=settings.beta)
+    values = scored.values.masked_fill(~states, 0.0)
+    if settings.advantage == "gae":
+        raw = gae(rewards, values, states, gamma=settings.gamma, lam=settings.lam)
+        moments = sum_over_ranks(masked_moments(raw[:, :-1], mask))
+        advantages = center_and_scale(raw[:, :-1], mask, moments)
+        returns = raw + values
+    else:
+        of_responses = sequence_advantages(rewards.sum(dim=1), settings, seen, sum_over_ranks=sum_over_ranks)
+        advantages = of_responses.unsqueeze(1).expand_as(mask).masked_fill(~mask, 0.0)
+        returns = torch.zeros_like(rewards)
     return Experience(
         tokens=scored.tokens,
         attention_mask=scored.attention_mask,
         response_mask=mask,
+        value_mask=states,
         old_logprobs=scored.logprobs,
-        old_values=scored.values,
+        ref_logprobs=scored.ref_logprobs,
+        old_values=values,
         rewards=rewards,
-        advantages=center_and_scale(advantages, mask, moments),
-        returns=(advantages + scored.values).masked_fill(~mask, 0.0),
+        advantages=advantages,
+        returns=returns,
     )
+
+
+def sequence_advantages(
+    rewards: Float[Tensor, " B"],
+    settings: AdvantageSettings,
+    seen: RunningMoments,
+    *,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+) -> Float[Tensor, " B"]:
+    """Return one advantage per response from its whole reward, the KL penalty included."""
+    group_size = settings.samples_per_prompt
+    if settings.advantage == "rloo":
+        return leave_one_out(rewards, group_size=group_size)
+    if settings.advantage == "grpo":
+        return group_normalized(rewards, group_size=group_size)
+    moments = sum_over_ranks(moments_of(rewards))
+    if settings.baseline == "running":
+        others = torch.tensor([seen.count, seen.total, seen.squares], dtype=torch.float64, device=rewards.device)
+    else:
+        own = torch.stack([torch.ones_like(rewards), rewards, rewards.square()]).double()
+        others = moments.unsqueeze(1) - own
+    seen.add(moments)
+    return baselined(rewards, others)
 
 
 def minibatches(experience: Experience, *, minibatch_size: int, generator: torch.Generator) -> Iterator[Experience]:
@@ -93,9 +149,11 @@ def trimmed_micro_batches(experience: Experience, *, micro_batch_size: int) -> I
             tokens=tokens,
             attention_mask=attention_mask,
             response_mask=response_mask,
+            value_mask=part.value_mask[:, : length + 1],
             old_logprobs=part.old_logprobs[:, :length],
-            old_values=part.old_values[:, :length],
-            rewards=part.rewards[:, :length],
+            ref_logprobs=part.ref_logprobs[:, :length],
+            old_values=part.old_values[:, : length + 1],
+            rewards=part.rewards[:, : length + 1],
             advantages=part.advantages[:, :length],
-            returns=part.returns[:, :length],
+            returns=part.returns[:, : length + 1],
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.functional.logprobs import gather_logprobs
 from rlhf_lightning.functional.masking import position_ids
+from rlhf_lightning.functional.rewards import value_mask
 from rlhf_lightning.rollout.experience import micro_batches
 from rlhf_lightning.rollout.reward import Reward
 from rlhf_lightning.types import Rollout, ScoredRollout
@@ -30,10 +31,13 @@ def response_logits(
 
 def response_values(
     critic: nn.Module, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], *, length: int
-) -> Float[Tensor, "B R"]:
-    """Return the value of the state before each of the last ``length`` tokens: the one at the position before it."""
+) -> Float[Tensor, "B R+1"]:
+    """Return the values of the states before each of the last ``length`` tokens, and after the last.
+
+    The value of the state before the token at t is read at t - 1.
+    """
     values: Tensor = critic(tokens, attention_mask)
-    return values[:, -length - 1 : -1]
+    return values[:, -length - 1 :]
 
 
 @torch.no_grad()
@@ -42,18 +46,20 @@ def score_rollout(
     *,
     policy: nn.Module,
     reference: nn.Module,
-    critic: nn.Module,
+    critic: nn.Module | None,
     reward: Reward,
     temperature: float,
     micro_batch_size: int,
 ) -> ScoredRollout:
-    """Add what policy, reference, critic and reward say of the rollout.
+    """Add what policy, reference, critic and reward say of the rollout; without a critic all values are 0.
 
     The reference is read at the same temperature as the policy, so that their KL is 0 while they are equal.
-    Everything outside of the response mask is 0.
+    Log-probabilities are 0 outside of the response mask, values outside of the states before and after its tokens.
     """
-    shape = rollout.response_mask.shape
-    logprobs, ref_logprobs, values = (torch.zeros(shape, device=rollout.tokens.device) for _ in range(3))
+    sequences, longest = rollout.response_mask.shape
+    device = rollout.tokens.device
+    logprobs, ref_logprobs = (torch.zeros(sequences, longest, device=device) for _ in range(2))
+    values = torch.zeros(sequences, longest + 1, device=device)
     for rows, tokens, attention_mask, response_mask in micro_batches(rollout, micro_batch_size=micro_batch_size):
         length = response_mask.shape[1]
         responses = tokens[:, -length:]
@@ -61,8 +67,10 @@ def score_rollout(
             logits = response_logits(network, tokens, attention_mask, length=length)
             found = gather_logprobs(logits, responses, temperature=temperature)
             store[rows, :length] = found.masked_fill(~response_mask, 0.0)
-        found_values = response_values(critic, tokens, attention_mask, length=length)
-        values[rows, :length] = found_values.masked_fill(~response_mask, 0.0)
+        if critic is not None:
+            found = response_values(critic, tokens, attention_mask, length=length)
+            states = value_mask(response_mask, after_end=True)
+            values[rows, : length + 1] = found.masked_fill(~states, 0.0)
     return ScoredRollout(
         **vars(rollout), logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=reward(rollout)
     )

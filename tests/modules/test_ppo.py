@@ -13,6 +13,7 @@ from rlhf_lightning.modules.ppo import seeded_generator
 from rlhf_lightning.networks import save_pretrained
 from rlhf_lightning.rollout import ModelReward, estimate_advantages
 from rlhf_lightning.rollout.experience import trimmed_micro_batches
+from rlhf_lightning.rollout.shaping import RunningMoments
 from rlhf_lightning.types import Experience, PromptBatch, ScoredRollout
 
 pytestmark = [
@@ -42,7 +43,7 @@ class Watching(PPOModule):
         self.minibatches: list[Experience] = []
 
     def _gradients(self) -> Weights:
-        trained = {"policy": self.policy, "critic": self.critic}
+        trained = {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
         return {
             f"{role}.{name}": p.grad.clone()
             for role, network in trained.items()
@@ -83,13 +84,9 @@ def make(policy: Callable[..., Any], tokenizer: Any) -> Callable[..., Watching]:
 
 
 def experience_of(module: PPOModule, scored: ScoredRollout) -> Experience:
+    parts = module.shaping(scored, RunningMoments(), sum_over_ranks=lambda x: x)
     return estimate_advantages(
-        scored,
-        beta=module.beta,
-        gamma=module.gamma,
-        lam=module.lam,
-        missing_eos_penalty=module.missing_eos_penalty,
-        sum_over_ranks=lambda x: x,
+        scored, sum(parts.values()), module.advantage_settings, RunningMoments(), sum_over_ranks=lambda x: x
     )
 
 
@@ -283,16 +280,17 @@ def test_the_gradient_of_the_first_update_is_the_policy_gradient_and_the_value_r
     fit(module, [prompts], max_steps=1)
     scored = module.scored_rollout
     experience = experience_of(module, scored)
-    loss, count = torch.zeros(()), scored.response_mask.sum()
+    loss, count, states = torch.zeros(()), scored.response_mask.sum(), experience.value_mask.sum()
+    assert states == count + 6
     for row in range(6):
         tokens = scored.tokens[row][scored.attention_mask[row]].unsqueeze(0)
         length = int(scored.response_mask[row].sum())
         before = slice(tokens.shape[1] - length - 1, tokens.shape[1] - 1)
         logprobs = (policy(tokens).logits[0, before] / 0.8).log_softmax(-1)
         chosen = logprobs[torch.arange(length), tokens[0, -length:]]
-        values = critic(tokens, torch.ones_like(tokens).bool())[0, before]
+        values = critic(tokens, torch.ones_like(tokens).bool())[0, -length - 1 :]
         loss = loss - (experience.advantages[row, :length] * chosen).sum() / count
-        loss = loss + 0.3 * 0.5 * (values - experience.returns[row, :length]).square().sum() / count
+        loss = loss + 0.3 * 0.5 * (values - experience.returns[row, : length + 1]).square().sum() / states
     loss.backward()
     networks = {"policy": policy, "critic": critic}
     expected = {f"{role}.{name}": p.grad for role, n in networks.items() for name, p in n.named_parameters()}
@@ -398,6 +396,7 @@ def test_a_reward_that_can_be_had_is_had(
         learning_rate=1e-2,
         critic_learning_rate=1e-2,
         max_new_tokens=8,
+        missing_eos="subtract",
         beta=0.01,
         ppo_epochs=4,
         minibatch_size=24,
@@ -430,6 +429,21 @@ KNOBS: list[dict[str, Any]] = [
     {"max_new_tokens": 3},
     {"temperature": 0.5},
     {"missing_eos_penalty": 5.0},
+    {"missing_eos": "subtract"},
+    {"kl_penalty": "loss_k1", "beta": 1.0},
+    {"kl_penalty": "loss_k2", "beta": 1.0},
+    {"adaptive_kl_target": 0.01, "adaptive_kl_horizon": 10.0},
+    {"adaptive_kl_horizon": 1.0, "adaptive_kl_target": 10000.0},
+    {"normalize_scores": "scale"},
+    {"normalize_scores": "shift_and_scale"},
+    {"score_clip": 0.1},
+    {"length_penalty": 0.5},
+    {"score_placement": "end_token"},
+    {"advantage": "reinforce", "ppo_epochs": 1},
+    {"samples_per_prompt": 2},
+    {"loss_mean": "sequences"},
+    {"entropy_coef": 0.5},
+    {"target_kl": 1e-9},
     {"seed": 1},
 ]
 
@@ -481,7 +495,7 @@ def test_the_same_seed_twice_gives_equal_weights(
 def test_what_is_logged_of_a_rollout_is_what_the_rollout_says(
     make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
 ) -> None:
-    module = make(learning_rate=1e-2, beta=0.3, missing_eos_penalty=2.0)
+    module = make(learning_rate=1e-2, beta=0.3, missing_eos="subtract", missing_eos_penalty=2.0)
     logged = fit(module, [prompts], max_epochs=2).steps[1]
     scored = module.scored_rollout
     lengths = scored.response_mask.sum(dim=1).tolist()
@@ -497,7 +511,7 @@ def test_what_is_logged_of_a_rollout_is_what_the_rollout_says(
     assert logged["ppo/missing_eos"] == pytest.approx(missing)
     assert logged["ppo/reward"] == pytest.approx(scored.scores.mean().item() - 2.0 * missing - 0.3 * kl, rel=1e-4)
     experience = experience_of(module, scored)
-    kept = experience.response_mask
+    kept = experience.value_mask
     errors, returns = (experience.returns - experience.old_values)[kept], experience.returns[kept]
     explained = 1 - errors.var() / returns.var()
     assert logged["ppo/explained_variance"] == pytest.approx(explained.item(), rel=1e-3)

@@ -4,20 +4,37 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_lightning.rollout.experience import estimate_advantages, micro_batches, minibatches, trimmed_micro_batches
+from rlhf_lightning.functional.rewards import value_mask
+from rlhf_lightning.rollout.experience import (
+    AdvantageSettings,
+    estimate_advantages,
+    micro_batches,
+    minibatches,
+    trimmed_micro_batches,
+)
+from rlhf_lightning.rollout.shaping import RunningMoments
 from rlhf_lightning.types import Experience, Rollout, ScoredRollout
 
 PROMPTS = [[5, 9, 7, 30, 2], [8, 4], [40, 41, 42], [50], [60, 61]]
 RESPONSES = [[11, 1], [12, 13, 14, 15, 16, 17], [20, 21, 22, 1], [30, 31, 32], [1]]
 LENGTHS = [2, 6, 4, 3, 1]
-SETTINGS: dict[str, Any] = {"beta": 0.1, "gamma": 0.97, "lam": 0.9, "missing_eos_penalty": 1.0}
+SETTINGS: dict[str, Any] = {
+    "advantage": "gae",
+    "beta": 0.1,
+    "gamma": 0.97,
+    "lam": 0.9,
+    "samples_per_prompt": 1,
+    "baseline": "batch",
+    "score_placement": "after_end",
+}
 
 
 @pytest.fixture
 def scored(rollout: Callable[..., Rollout]) -> ScoredRollout:
     made = rollout(PROMPTS, RESPONSES)
     generator = torch.Generator().manual_seed(0)
-    logprobs, ref_logprobs, values = (torch.randn(5, 6, generator=generator) * made.response_mask for _ in range(3))
+    logprobs, ref_logprobs = (torch.randn(5, 6, generator=generator) * made.response_mask for _ in range(2))
+    values = torch.randn(5, 7, generator=generator) * value_mask(made.response_mask, after_end=True)
     return ScoredRollout(
         **vars(made),
         logprobs=logprobs,
@@ -27,20 +44,30 @@ def scored(rollout: Callable[..., Rollout]) -> ScoredRollout:
     )
 
 
-def experience_of(scored: ScoredRollout, ranks: Callable[[Any], Any] = lambda x: x, **settings: Any) -> Experience:
-    return estimate_advantages(scored, sum_over_ranks=ranks, **{**SETTINGS, **settings})
+def experience_of(
+    scored: ScoredRollout,
+    ranks: Callable[[Any], Any] = lambda x: x,
+    seen: RunningMoments | None = None,
+    **settings: Any,
+) -> Experience:
+    chosen = AdvantageSettings(**{**SETTINGS, **settings})
+    return estimate_advantages(scored, scored.scores, chosen, seen or RunningMoments(), sum_over_ranks=ranks)
 
 
-def by_hand(scored: ScoredRollout) -> tuple[list[list[float]], list[list[float]]]:
+def by_hand(scored: ScoredRollout, placement: str) -> tuple[list[list[float]], list[list[float]]]:
     """Rewards, and advantages before they are centred and scaled, with loops."""
     all_rewards, all_advantages = [], []
     for row, length in enumerate(LENGTHS):
         kl = (scored.logprobs - scored.ref_logprobs)[row, :length].tolist()
         rewards = [-SETTINGS["beta"] * k for k in kl]
-        rewards[-1] += scored.scores[row].item() - (0.0 if 1 in RESPONSES[row] else 1.0)
-        values = [*scored.values[row, :length].tolist(), 0.0]
+        if placement == "after_end":
+            rewards.append(scored.scores[row].item())
+        else:
+            rewards[-1] += scored.scores[row].item()
+        steps = len(rewards)
+        values = [*scored.values[row, :steps].tolist(), 0.0]
         advantages, advantage = [], 0.0
-        for t in reversed(range(length)):
+        for t in reversed(range(steps)):
             delta = rewards[t] + SETTINGS["gamma"] * values[t + 1] - values[t]
             advantage = delta + SETTINGS["gamma"] * SETTINGS["lam"] * advantage
             advantages.insert(0, advantage)
@@ -49,21 +76,29 @@ def by_hand(scored: ScoredRollout) -> tuple[list[list[float]], list[list[float]]
     return all_rewards, all_advantages
 
 
-def test_experience_is_what_loops_over_the_tokens_find(scored: ScoredRollout) -> None:
-    found = experience_of(scored)
-    rewards, advantages = by_hand(scored)
-    flat = torch.tensor([a for row in advantages for a in row])
+@pytest.mark.parametrize("placement", ["after_end", "end_token"])
+def test_experience_is_what_loops_over_the_tokens_find(scored: ScoredRollout, placement: str) -> None:
+    found = experience_of(scored, score_placement=placement)
+    rewards, advantages = by_hand(scored, placement)
+    of_tokens = [row[:length] for row, length in zip(advantages, LENGTHS, strict=True)]
+    flat = torch.tensor([a for row in of_tokens for a in row])
     for row, length in enumerate(LENGTHS):
-        raw = torch.tensor(advantages[row])
-        torch.testing.assert_close(found.rewards[row, :length], torch.tensor(rewards[row]))
-        torch.testing.assert_close(found.returns[row, :length], raw + scored.values[row, :length])
-        torch.testing.assert_close(found.advantages[row, :length], (raw - flat.mean()) / flat.std(correction=0))
+        raw, steps = torch.tensor(advantages[row]), len(rewards[row])
+        assert found.value_mask[row].sum() == steps
+        torch.testing.assert_close(found.rewards[row, :steps], torch.tensor(rewards[row]))
+        torch.testing.assert_close(found.returns[row, :steps], raw + scored.values[row, :steps])
+        torch.testing.assert_close(
+            found.advantages[row, :length], (raw[:length] - flat.mean()) / flat.std(correction=0)
+        )
 
 
-def test_everything_outside_of_the_response_mask_is_0(scored: ScoredRollout) -> None:
-    found = experience_of(scored)
-    for x in (found.rewards, found.advantages, found.returns, found.old_logprobs, found.old_values):
+@pytest.mark.parametrize("placement", ["after_end", "end_token"])
+def test_everything_outside_of_the_masks_is_0(scored: ScoredRollout, placement: str) -> None:
+    found = experience_of(scored, score_placement=placement)
+    for x in (found.advantages, found.old_logprobs, found.ref_logprobs):
         assert (x[~found.response_mask] == 0).all()
+    for x in (found.rewards, found.returns, found.old_values):
+        assert (x[~found.value_mask] == 0).all()
 
 
 def test_advantages_share_one_mean_and_scale_over_all_ranks(scored: ScoredRollout) -> None:
@@ -79,8 +114,8 @@ def test_advantages_share_one_mean_and_scale_over_all_ranks(scored: ScoredRollou
     assert not torch.allclose(alone, whole.advantages, atol=1e-2)
 
 
-@pytest.mark.parametrize("setting", [{"beta": 0.5}, {"gamma": 0.5}, {"lam": 0.5}, {"missing_eos_penalty": 5.0}])
-def test_every_setting_changes_the_advantages(scored: ScoredRollout, setting: dict[str, float]) -> None:
+@pytest.mark.parametrize("setting", [{"beta": 0.5}, {"gamma": 0.5}, {"lam": 0.5}, {"score_placement": "end_token"}])
+def test_every_setting_changes_the_advantages(scored: ScoredRollout, setting: dict[str, Any]) -> None:
     assert not torch.allclose(experience_of(scored, **setting).advantages, experience_of(scored).advantages)
 
 
@@ -144,12 +179,52 @@ def test_micro_batches_hold_sequences_of_about_equal_length(rollout: Callable[..
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_trimming_experience_loses_nothing_inside_of_the_mask(scored: ScoredRollout, size: int) -> None:
     experience = experience_of(scored)
-    names = ["old_logprobs", "old_values", "rewards", "advantages", "returns"]
-    for name in names:
-        kept = [
-            getattr(part, name)[part.response_mask] for part in trimmed_micro_batches(experience, micro_batch_size=size)
-        ]
-        expected = getattr(experience, name)[experience.response_mask]
-        assert torch.cat(kept).sort().values.tolist() == expected.sort().values.tolist(), name
-    for part in trimmed_micro_batches(experience, micro_batch_size=size):
-        assert {getattr(part, name).shape for name in names} == {part.response_mask.shape}
+    of_tokens, of_states = ["old_logprobs", "ref_logprobs", "advantages"], ["old_values", "rewards", "returns"]
+    for names, mask in ((of_tokens, "response_mask"), (of_states, "value_mask")):
+        for name in names:
+            parts = trimmed_micro_batches(experience, micro_batch_size=size)
+            kept = [getattr(part, name)[getattr(part, mask)] for part in parts]
+            expected = getattr(experience, name)[getattr(experience, mask)]
+            assert torch.cat(kept).sort().values.tolist() == expected.sort().values.tolist(), name
+        for part in trimmed_micro_batches(experience, micro_batch_size=size):
+            assert {getattr(part, name).shape for name in names} == {getattr(part, mask).shape}
+
+
+def sequence(scored: ScoredRollout, seen: RunningMoments | None = None, **settings: Any) -> torch.Tensor:
+    """The advantage of each response, which all of its tokens share."""
+    found = experience_of(scored, seen=seen, **settings)
+    firsts = found.advantages[:, 0]
+    assert torch.equal(found.advantages, firsts.unsqueeze(1) * found.response_mask)
+    assert (found.returns == 0).all()
+    return firsts
+
+
+def whole_rewards(scored: ScoredRollout) -> list[float]:
+    kl = (scored.logprobs - scored.ref_logprobs).sum(dim=1)
+    return (scored.scores - SETTINGS["beta"] * kl).tolist()
+
+
+def test_reinforce_compares_a_response_with_the_mean_of_the_others_of_the_rollout(scored: ScoredRollout) -> None:
+    rewards = whole_rewards(scored)
+    expected = [r - (sum(rewards) - r) / 4 for r in rewards]
+    assert sequence(scored, advantage="reinforce").tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_running_baseline_is_the_mean_of_the_rollouts_before(scored: ScoredRollout) -> None:
+    rewards, seen = whole_rewards(scored), RunningMoments()
+    first = sequence(scored, seen, advantage="reinforce", baseline="running")
+    assert first.tolist() == pytest.approx(rewards, abs=1e-5)
+    second = sequence(scored, seen, advantage="reinforce", baseline="running")
+    mean = sum(rewards) / 5
+    assert second.tolist() == pytest.approx([r - mean for r in rewards], abs=1e-5)
+    assert seen.count == 10
+
+
+def test_rloo_and_grpo_compare_the_samples_of_one_prompt(scored: ScoredRollout) -> None:
+    four = scored.rows(torch.arange(4))
+    one, two, three, four_ = whole_rewards(four)
+    rloo = sequence(four, advantage="rloo", samples_per_prompt=2)
+    assert rloo.tolist() == pytest.approx([one - two, two - one, three - four_, four_ - three], abs=1e-5)
+    grpo = sequence(four, advantage="grpo", samples_per_prompt=2)
+    signs = [1.0 if a > b else -1.0 for a, b in ((one, two), (two, one), (three, four_), (four_, three))]
+    assert grpo.tolist() == pytest.approx(signs, abs=1e-4)

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_lightning.functional.rewards import value_mask
 from rlhf_lightning.networks import Critic
 from rlhf_lightning.rollout.reward import FunctionReward
 from rlhf_lightning.rollout.score import response_logits, response_values, score_rollout
@@ -55,7 +56,8 @@ def test_a_value_reads_the_state_before_its_token() -> None:
     tokens = torch.ones(1, 7, dtype=torch.long)
     found = response_values(PositionCritic(), tokens, tokens.bool(), length=3)
     # The response stands at 4, 5, 6.
-    assert found.tolist() == [[3.0, 4.0, 5.0]]
+    # The last value is that of the state after it.
+    assert found.tolist() == [[3.0, 4.0, 5.0, 6.0]]
 
 
 def test_everything_outside_of_the_response_mask_is_0(
@@ -63,7 +65,10 @@ def test_everything_outside_of_the_response_mask_is_0(
 ) -> None:
     scored = score(rollout(PROMPTS, RESPONSES, right=2), policy("llama"), policy("llama", seed=1))
     outside = ~scored.response_mask
-    for found in (scored.logprobs, scored.ref_logprobs, scored.values):
+    states = value_mask(scored.response_mask, after_end=True)
+    assert (scored.values[~states] == 0).all()
+    assert (scored.values[states] != 0).all()
+    for found in (scored.logprobs, scored.ref_logprobs):
         assert (found[outside] == 0).all()
         assert (found[~outside] != 0).all()
         assert found.dtype == torch.float32
@@ -87,7 +92,7 @@ def test_padding_on_either_side_changes_no_number(
     narrow, wide = (score(rollout(PROMPTS, RESPONSES, left=a, right=b), network) for a, b in ((0, 0), (left, right)))
     width = narrow.response_mask.shape[1]
     torch.testing.assert_close(wide.logprobs[:, :width], narrow.logprobs, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(wide.values[:, :width], narrow.values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(wide.values[:, : width + 1], narrow.values, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
