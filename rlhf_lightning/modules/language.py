@@ -87,16 +87,24 @@ def adamw_with_schedule(
     weight_decay: float,
     schedule: Schedule,
     warmup_steps: int,
+    floor: float,
 ) -> Any:
     """Return Lightning's dictionary of AdamW over what is trained and a schedule that moves every optimizer step."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
+    optimizer = adamw([{"params": trained}], lr=learning_rate, weight_decay=weight_decay)
     total = module.trainer.estimated_stepping_batches
 
     def factor(step: int) -> float:
-        return learning_rate_factor(step, total, schedule=schedule, warmup_steps=warmup_steps)
+        return learning_rate_factor(step, total, schedule=schedule, warmup_steps=warmup_steps, floor=floor)
 
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
+    """Return AdamW; on a CPU in one kernel, where a loop over the weights takes several times longer."""
+    # On CUDA torch chooses: Lightning cannot clip gradients that a fused step unscales (16-mixed).
+    on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, fused=on_cpu or None, **settings)
 
 
 def without_dropout_on_purpose() -> None:

@@ -22,7 +22,7 @@ from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
 from rlhf_lightning.functional.losses import clipped_policy_loss, clipped_value_loss, reinforce_loss
 from rlhf_lightning.functional.masking import masked_sum
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
-from rlhf_lightning.modules.language import LanguageModule, predictions, without_dropout_on_purpose
+from rlhf_lightning.modules.language import LanguageModule, adamw, predictions, without_dropout_on_purpose
 from rlhf_lightning.modules.ppo_checks import check_settings
 from rlhf_lightning.modules.ptx import BatchStream
 from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
@@ -99,6 +99,7 @@ class PPOModule(LanguageModule):
         learning_rate: float = 3e-6,
         critic_learning_rate: float = 3e-6,
         lr_schedule: Schedule = "linear",
+        lr_floor: float = 0.0,
         warmup_steps: int = 0,
         max_grad_norm: float = 1.0,
         ema_decay: float | None = None,
@@ -152,6 +153,7 @@ class PPOModule(LanguageModule):
         self.learning_rate = learning_rate
         self.critic_learning_rate = critic_learning_rate
         self.lr_schedule = lr_schedule
+        self.lr_floor = lr_floor
         self.warmup_steps = warmup_steps
         self.max_grad_norm = max_grad_norm
         self.ema_decay = ema_decay
@@ -368,7 +370,7 @@ class PPOModule(LanguageModule):
         groups = [{"params": list(self.policy.parameters()), "lr": self.learning_rate}]
         if self.critic is not None:
             groups.append({"params": list(self.critic.parameters()), "lr": self.critic_learning_rate})
-        return torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
+        return adamw(groups, eps=1e-5, weight_decay=0.0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients of policy and critic, each by its own norm, after they were unscaled."""
@@ -531,7 +533,9 @@ class PPOModule(LanguageModule):
         """Set what the schedule says of this update out of all that the Trainer will make."""
         total = self.trainer.estimated_stepping_batches * updates_per_rollout
         warmup = self.warmup_steps * updates_per_rollout
-        factor = learning_rate_factor(update, total, schedule=self.lr_schedule, warmup_steps=warmup)
+        factor = learning_rate_factor(
+            update, total, schedule=self.lr_schedule, warmup_steps=warmup, floor=self.lr_floor
+        )
         rates = (self.learning_rate, self.critic_learning_rate)
         for group, rate in zip(self._optimizer.param_groups, rates, strict=False):
             group["lr"] = rate * factor

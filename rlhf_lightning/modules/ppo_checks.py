@@ -46,7 +46,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 def _check_ranges(settings: Mapping[str, Any]) -> None:
     for name, choices in CHOICES.items():
         _require(settings[name] in choices, name, settings[name], f"must be one of {', '.join(choices)}")
-    for name in ("gamma", "lam"):
+    for name in ("gamma", "lam", "lr_floor"):
         _require(0 <= settings[name] <= 1, name, settings[name], "must lie in [0, 1]")
     for name in NOT_NEGATIVE:
         _require(settings[name] >= 0, name, settings[name], "must not be negative")

@@ -41,6 +41,7 @@ class RewardModule(LanguageModule):
         learning_rate: float = 1e-5,
         weight_decay: float = 0.0,
         lr_schedule: Schedule = "cosine",
+        lr_floor: float = 0.0,
         warmup_steps: int = 0,
         shift_scores: bool = True,
         lm_coef: float = 0.0,
@@ -56,6 +57,8 @@ class RewardModule(LanguageModule):
         padded to the longest: the same gradients, in less time where the parts still fill the device.
         """
         super().__init__(model, tokenizer)
+        if not 0 <= lr_floor <= 1:
+            raise InputError(f"lr_floor={lr_floor} must lie in [0, 1]")
         if length_groups < 1:
             raise InputError(f"length_groups={length_groups} must be at least 1")
         if lm_coef < 0:
@@ -71,6 +74,7 @@ class RewardModule(LanguageModule):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.lr_schedule = lr_schedule
+        self.lr_floor = lr_floor
         self.warmup_steps = warmup_steps
         self.shift_scores = shift_scores
         self.lm_coef = lm_coef
@@ -176,6 +180,7 @@ class RewardModule(LanguageModule):
             weight_decay=self.weight_decay,
             schedule=self.lr_schedule,
             warmup_steps=self.warmup_steps,
+            floor=self.lr_floor,
         )
 
     @torch.no_grad()

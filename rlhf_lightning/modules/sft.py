@@ -9,6 +9,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.schedules import Schedule
 from rlhf_lightning.modules.language import LanguageModule, adamw_with_schedule, predictions
 from rlhf_lightning.networks import Model, load_policy, stop_token_ids
@@ -33,15 +34,27 @@ class SFTModule(LanguageModule):
         learning_rate: float = 1e-5,
         weight_decay: float = 0.0,
         lr_schedule: Schedule = "cosine",
+        lr_floor: float = 0.0,
         warmup_steps: int = 0,
+        dropout: float | None = None,
     ) -> None:
-        """Load the language model; raises `InputError` where ``model`` is not one."""
+        """Load the language model; ``dropout`` replaces that of all of its dropout layers.
+
+        Raises `InputError` where ``model`` is no language model, or has no such layers.
+        """
+        if not 0 <= lr_floor <= 1:
+            raise InputError(f"lr_floor={lr_floor} must lie in [0, 1]")
+        if dropout is not None and not 0 <= dropout < 1:
+            raise InputError(f"dropout={dropout} must lie in [0, 1), or be None for the network's own")
         super().__init__(model, tokenizer)
         # from_pretrained returns a network in evaluation mode, which Lightning keeps: its dropout would stay off.
         self.policy = load_policy(model).train()
+        if dropout is not None:
+            set_dropout(self.policy, dropout)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.lr_schedule = lr_schedule
+        self.lr_floor = lr_floor
         self.warmup_steps = warmup_steps
         self.val_loss = MeanMetric()
         self.val_perplexity = Perplexity()
@@ -91,4 +104,16 @@ class SFTModule(LanguageModule):
             weight_decay=self.weight_decay,
             schedule=self.lr_schedule,
             warmup_steps=self.warmup_steps,
+            floor=self.lr_floor,
         )
+
+
+def set_dropout(network: nn.Module, probability: float) -> None:
+    """Set the probability of every dropout layer; raises `InputError` where the network has none."""
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Dropout)]
+    if not layers:
+        raise InputError(
+            f"dropout={probability}: {type(network).__name__} has no dropout layers; leave dropout at None (null)"
+        )
+    for layer in layers:
+        layer.p = probability

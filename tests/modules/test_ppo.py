@@ -424,6 +424,7 @@ KNOBS: list[dict[str, Any]] = [
     {"learning_rate": 5e-3},
     {"critic_learning_rate": 5e-3},
     {"lr_schedule": "constant"},
+    {"lr_floor": 0.5},
     {"warmup_steps": 3},
     {"max_grad_norm": 1e-4},
     {"max_new_tokens": 3},
@@ -671,6 +672,7 @@ def test_a_minibatch_that_does_not_divide_the_rollout_is_an_input_error(
     [
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"gamma": 1.5}, "gamma=1.5 must lie in"),
+        ({"lr_floor": 1.5}, "lr_floor=1.5 must lie in"),
         ({"lam": -0.1}, "lam=-0.1 must lie in"),
         ({"beta": -1.0}, "beta=-1.0 must not be negative"),
         ({"value_coef": -1.0}, "value_coef=-1.0 must not be negative"),

@@ -250,9 +250,15 @@ def test_training_runs_without_dropout(classifier: Callable[..., Any], tokenizer
 
 @pytest.mark.parametrize(
     "setting",
-    [{"learning_rate": 5e-3}, {"weight_decay": 0.5}, {"lr_schedule": "constant"}, {"warmup_steps": 2},
-     {"shift_scores": False}],
-)  # fmt: skip
+    [
+        {"learning_rate": 5e-3},
+        {"weight_decay": 0.5},
+        {"lr_schedule": "constant"},
+        {"lr_floor": 0.5},
+        {"warmup_steps": 2},
+        {"shift_scores": False},
+    ],
+)
 def test_every_setting_changes_the_trained_weights(
     setting: dict[str, Any], make: Callable[..., RewardModule], fit: Callable[..., Any], weights: Callable[..., Any]
 ) -> None:

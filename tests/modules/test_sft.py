@@ -136,16 +136,49 @@ def test_the_learning_rate_follows_its_schedule_over_the_steps_of_the_trainer(
 
 
 @pytest.mark.parametrize(
-    "setting", [{"learning_rate": 5e-3}, {"weight_decay": 0.5}, {"lr_schedule": "constant"}, {"warmup_steps": 2}]
+    "setting",
+    [
+        {"learning_rate": 5e-3},
+        {"weight_decay": 0.5},
+        {"lr_schedule": "constant"},
+        {"lr_floor": 0.5},
+        {"warmup_steps": 2},
+        {"dropout": 0.5},
+    ],
 )
 def test_every_setting_changes_the_trained_weights(
     setting: dict[str, Any], policy: Callable[..., Any], fit: Callable[..., Any], weights: Callable[..., Any]
 ) -> None:
-    default, other = (SFTModule(policy(), **{"learning_rate": 1e-3, **s}) for s in ({}, setting))
+    default, other = (SFTModule(policy("gpt2"), **{"learning_rate": 1e-3, **s}) for s in ({}, setting))
     for module in (default, other):
         fit(module, [batch(*FEW), batch(*MANY)], max_epochs=2)
     before, after = weights(default.policy), weights(other.policy)
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_dropout_is_set_for_every_layer_and_off_in_validation(policy: Callable[..., Any]) -> None:
+    module = SFTModule(policy("gpt2"), dropout=0.4)
+    layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.Dropout)]
+    assert {layer.p for layer in layers} == {0.4}
+    tokens = torch.tensor([[5, 9, 7]])
+    assert not torch.equal(module.policy(tokens).logits, module.policy(tokens).logits)
+    module.eval()
+    assert torch.equal(module.policy(tokens).logits, module.policy(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"dropout": 1.0}, r"dropout=1\.0 must lie in"),
+        ({"lr_floor": -0.1}, r"lr_floor=-0\.1 must lie in \[0, 1\]"),
+        ({"dropout": 0.2}, r"dropout=0\.2: LlamaForCausalLM has no dropout layers"),
+    ],
+)
+def test_a_setting_that_cannot_be_had_is_an_input_error(
+    setting: dict[str, float], message: str, policy: Callable[..., Any]
+) -> None:
+    with pytest.raises(InputError, match=message):
+        SFTModule(policy(), **setting)
 
 
 def test_the_folder_is_loaded_by_transformers_alone(
