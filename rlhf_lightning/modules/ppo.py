@@ -1,5 +1,6 @@
 """PPO on the reward minus the KL penalty: one `training_step` is one rollout and its updates."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -50,6 +51,13 @@ FROZEN = ("reference.", "reward.")
 
 OF_STATES = ("value_loss", "value_clip_fraction")
 """Quantities of an update that have a place for each state (B, R + 1); the others have one for each token (B, R)."""
+
+ALL_CUT_OFF = (
+    "every response of the rollout was cut off at max_new_tokens={}: with missing_eos=replace all score alike and "
+    "nothing is learned from the reward; raise max_new_tokens, or set missing_eos=subtract"
+)
+
+log = logging.getLogger(__name__)
 
 KLPenalty = Literal["reward", "loss_k1", "loss_k2"]
 
@@ -231,6 +239,8 @@ class PPOModule(LanguageModule):
         metrics = rollout_metrics(scored, experience, parts, sum_over_ranks=self.sum_over_ranks)
         if self.critic is not None:
             metrics |= critic_metrics(experience, sum_over_ranks=self.sum_over_ranks)
+        if self.shaping.missing_eos == "replace" and metrics["missing_eos"] == 1:
+            log.warning("%s", ALL_CUT_OFF.format(self.max_new_tokens))
         metrics |= self.update(experience)
         self._adapt_beta(metrics["kl"], len(scored))
         self._move_average()

@@ -411,6 +411,18 @@ def test_a_reward_that_can_be_had_is_had(
     assert sum(scores[-3:]) / 3 > 6
 
 
+def test_a_rollout_of_which_nothing_ended_is_said_to_teach_nothing(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    for settings, said in (({"missing_eos": "replace"}, 1), ({"missing_eos": "subtract"}, 0)):
+        module = make(**settings)
+        module.policy.generation_config.eos_token_id = None
+        module.tokenizer.eos_token = "\u00ff"
+        caplog.clear()
+        fit(module, [prompts], max_steps=1)
+        assert caplog.text.count("cut off at max_new_tokens=6") == said
+
+
 KNOBS: list[dict[str, Any]] = [
     {"reward": lambda prompts, responses: [float(len(text)) for text in responses]},
     {"beta": 1.0},
