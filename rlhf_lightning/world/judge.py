@@ -53,7 +53,8 @@ class Verdict:
         """What the response is worth: 0 where it is flawless, less what its faults cost."""
         wrong = self.sentences - self.distinct + (not self.ended)
         half_right = (self.distinct - self.in_register) + self.missing + self.surplus
-        return -(wrong + HALF_RIGHT * half_right + NO_ANSWER * (self.distinct == 0))
+        # Subtracted: the negative of nothing would be written as -0.00.
+        return 0.0 - (wrong + HALF_RIGHT * half_right + NO_ANSWER * (self.distinct == 0))
 
 
 class Judge:
