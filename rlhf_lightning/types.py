@@ -76,7 +76,9 @@ class ComparisonBatch(Record):
     prompt_index: Tensor
     """(B,) which prompt of the batch a row answers, counted from 0."""
     ranks: Tensor
-    """(B,) place of the response among those of its prompt, 0 is the best."""
+    """(B,) place of the response among those of its prompt, 0 is the best; equal where two are rated alike."""
+    ratings: Tensor
+    """(B,) how far a response is rated above its prompt's worst, 0 where nobody rated; margins are differences."""
 
 
 @dataclass(frozen=True)

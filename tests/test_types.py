@@ -62,6 +62,6 @@ def test_a_rollout_is_made_of_its_prompts(rollout: Rollout) -> None:
 def test_a_comparison_batch_counts_responses() -> None:
     ones = torch.ones(4, 2)
     batch = ComparisonBatch(
-        ones.long(), ones.bool(), ones.bool(), torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 0])
+        ones.long(), ones.bool(), ones.bool(), torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 0]), torch.zeros(4)
     )
     assert len(batch) == 4

@@ -1,6 +1,7 @@
 """The reward model: from comparisons to one score per response."""
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,10 @@ log = logging.getLogger(__name__)
 class RewardModule(LanguageModule):
     """Trains a sequence classifier with one label by the pairwise logistic loss (Ouyang et al. 2022, eq. 1).
 
-    Each response is read once, however many pairs it is in. After training the scores are shifted so that the best
-    responses of the training data average 0 (Stiennon et al. 2020, sec. 3.4), and the shift is part of the weights.
+    With ``margin_coef`` it is -log sigmoid(r_c - r_r - margin_coef * margin) (Touvron et al. 2023, Llama 2, eq. 2).
+    Ties are no pairs, and each response is read once, however many pairs it is in. After training the scores are
+    shifted so that the best responses of the training data average 0 (Stiennon et al. 2020, sec. 3.4), and the shift is
+    part of the weights.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class RewardModule(LanguageModule):
         lr_schedule: Schedule = "cosine",
         warmup_steps: int = 0,
         shift_scores: bool = True,
+        margin_coef: float = 0.0,
         lm_coef: float = 0.0,
         length_groups: int = 1,
         seed: int = 0,
@@ -60,6 +64,8 @@ class RewardModule(LanguageModule):
             raise InputError(f"length_groups={length_groups} must be at least 1")
         if lm_coef < 0:
             raise InputError(f"lm_coef={lm_coef} must not be negative")
+        if not 0 <= margin_coef < math.inf:
+            raise InputError(f"margin_coef={margin_coef} must not be negative, and finite")
         # Without dropout: the scores that are compared belong to one function (Huang et al. 2024).
         self.reward_model = load_reward_model(model, generator=torch.Generator().manual_seed(seed)).eval()
         without_dropout_on_purpose()
@@ -73,6 +79,7 @@ class RewardModule(LanguageModule):
         self.lr_schedule = lr_schedule
         self.warmup_steps = warmup_steps
         self.shift_scores = shift_scores
+        self.margin_coef = margin_coef
         self.lm_coef = lm_coef
         self.length_groups = length_groups
         self.val_loss = MeanMetric()
@@ -98,7 +105,8 @@ class RewardModule(LanguageModule):
     def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
         """Return the mean over prompts of the mean loss over a prompt's pairs, and the next-token loss where asked."""
         scores, best_logprobs = self._read(batch)
-        loss = ranking_loss(scores, batch.prompt_index, batch.ranks)
+        # A margin is a difference of ratings, as that of a pair is one of scores: it can be taken off one by one.
+        loss = ranking_loss(scores - self.margin_coef * batch.ratings, batch.prompt_index, batch.ranks)
         winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
         metrics = {"reward/loss": loss, "reward/accuracy": wins(scores[winners] - scores[losers]).mean()}
         if self.lm_coef:

@@ -29,7 +29,15 @@ MIXED: list[Ranking] = [
 ]
 
 
-def batch(rankings: list[Ranking], *, pads: int = 0) -> ComparisonBatch:
+def batch(
+    rankings: list[Ranking],
+    *,
+    pads: int = 0,
+    ranks: list[list[int]] | None = None,
+    ratings: list[list[float]] | None = None,
+) -> ComparisonBatch:
+    ranks = ranks or [list(range(len(ranking))) for ranking in rankings]
+    ratings = ratings or [[0.0] * len(ranking) for ranking in rankings]
     rows = [row for ranking in rankings for row in ranking]
     width = max(map(len, rows)) + pads
     return ComparisonBatch(
@@ -38,7 +46,8 @@ def batch(rankings: list[Ranking], *, pads: int = 0) -> ComparisonBatch:
         # The prompt is the first token.
         response_mask=torch.tensor([[False] + [True] * (len(row) - 1) + [False] * (width - len(row)) for row in rows]),
         prompt_index=torch.tensor([i for i, ranking in enumerate(rankings) for _ in ranking]),
-        ranks=torch.tensor([rank for ranking in rankings for rank in range(len(ranking))]),
+        ranks=torch.tensor([rank for of_prompt in ranks for rank in of_prompt]),
+        ratings=torch.tensor([rating for of_prompt in ratings for rating in of_prompt]),
     )
 
 
@@ -90,6 +99,59 @@ def test_each_response_is_read_once_however_many_pairs_it_is_in(
     )
     fit(module, [batch(MIXED)], max_steps=1)
     assert sum(rows) == 9
+
+
+TIED_RANKS = [[0, 1], [0, 1, 1, 2], [0, 0, 0]]
+RATINGS = [[1.5, 0.0], [2.0, 0.75, 0.75, 0.0], [0.0, 0.0, 0.0]]
+
+
+def reference_loss(network: Any, margin_coef: float) -> Tensor:
+    """The loss of `MIXED` with ties and margins, pair by pair in float64 (Touvron et al. 2023, eq. 2)."""
+    of_prompts = []
+    for scores, ranks, ratings in zip(scores_one_by_one(network, MIXED), TIED_RANKS, RATINGS, strict=True):
+        losses = [
+            (1 + (margin_coef * (ratings[i] - ratings[j]) - scores[i] + scores[j]).exp()).log()
+            for i, j in combinations(range(len(scores)), 2)
+            if ranks[i] != ranks[j]
+        ]
+        if losses:
+            of_prompts.append(torch.stack(losses).mean())
+    return torch.stack(of_prompts).mean()
+
+
+@pytest.mark.parametrize("margin_coef", [0.0, 0.7])
+def test_ties_are_no_pairs_and_margins_are_taken_off_as_in_a_reference_in_float64(
+    margin_coef: float, make: Callable[..., RewardModule], classifier: Callable[..., Any]
+) -> None:
+    network = classifier().double()
+    expected = reference_loss(network, margin_coef)
+    expected.backward()
+    module = make(margin_coef=margin_coef, length_groups=2)
+    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]  # there is no Trainer to log to
+    loss = module.training_step(batch(MIXED, pads=2, ranks=TIED_RANKS, ratings=RATINGS), 0)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    found, wanted = (
+        torch.cat([p.grad.double().flatten() for p in of.parameters()])  # type: ignore[union-attr]
+        for of in (module.reward_model, network)
+    )
+    assert (found - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_a_margin_coefficient_must_be_a_number_from_0_on(make: Callable[..., RewardModule]) -> None:
+    for wrong in (-0.5, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"margin_coef={wrong} must not be negative, and finite"):
+            make(margin_coef=wrong)
+
+
+def test_ties_do_not_count_in_validation(
+    make: Callable[..., RewardModule], classifier: Callable[..., Any], validate: Callable[..., Any]
+) -> None:
+    with torch.no_grad():
+        scores = scores_one_by_one(classifier(), MIXED)[1]
+    right = [float(scores[i] > scores[j]) for i, j in ((0, 1), (0, 2), (0, 3), (1, 3), (2, 3))]
+    found = validate(make(), [batch(MIXED[1:2], ranks=TIED_RANKS[1:2])])
+    assert found["reward/val_accuracy"] == pytest.approx(sum(right) / 5)
 
 
 @pytest.mark.parametrize("length_groups", [2, 5, 100])
@@ -251,14 +313,14 @@ def test_training_runs_without_dropout(classifier: Callable[..., Any], tokenizer
 @pytest.mark.parametrize(
     "setting",
     [{"learning_rate": 5e-3}, {"weight_decay": 0.5}, {"lr_schedule": "constant"}, {"warmup_steps": 2},
-     {"shift_scores": False}],
+     {"shift_scores": False}, {"margin_coef": 1.0}],
 )  # fmt: skip
 def test_every_setting_changes_the_trained_weights(
     setting: dict[str, Any], make: Callable[..., RewardModule], fit: Callable[..., Any], weights: Callable[..., Any]
 ) -> None:
     default, other = make(), make(**setting)
     for module in (default, other):
-        fit(module, [batch(MIXED), batch(separable(2, 0))], max_epochs=2)
+        fit(module, [batch(MIXED, ratings=RATINGS), batch(separable(2, 0))], max_epochs=2)
     before, after = weights(default.reward_model), weights(other.reward_model)
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
