@@ -18,7 +18,7 @@ from rlhf_lightning.functional.masking import last_index
 from rlhf_lightning.functional.schedules import Schedule
 from rlhf_lightning.modules.language import LanguageModule, adamw_with_schedule, without_dropout_on_purpose
 from rlhf_lightning.networks import Model, load_reward_model
-from rlhf_lightning.networks.scalar_head import HiddenMoments, scalar_head, shift_scores
+from rlhf_lightning.networks.scalar_head import HeadInit, HiddenMoments, scalar_head, shift_scores
 from rlhf_lightning.types import ComparisonBatch
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class RewardModule(LanguageModule):
         model: Model,
         *,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
+        head_init: HeadInit = "unit",
         learning_rate: float = 1e-5,
         weight_decay: float = 0.0,
         lr_schedule: Schedule = "cosine",
@@ -51,7 +52,7 @@ class RewardModule(LanguageModule):
         length_groups: int = 1,
         seed: int = 0,
     ) -> None:
-        """Load the network; a language model gets a new scalar head, drawn with ``seed``.
+        """Load the network; a language model gets a new scalar head, drawn with ``seed`` as `init_scalar_head` says.
 
         With ``lm_coef`` the loss has that many times the next-token loss of the best responses beside it, which keeps
         what the network knew as a language model (Yang et al. 2024, SFT regularization): its output embeddings
@@ -67,7 +68,8 @@ class RewardModule(LanguageModule):
         if not 0 <= margin_coef < math.inf:
             raise InputError(f"margin_coef={margin_coef} must not be negative, and finite")
         # Without dropout: the scores that are compared belong to one function (Huang et al. 2024).
-        self.reward_model = load_reward_model(model, generator=torch.Generator().manual_seed(seed)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        self.reward_model = load_reward_model(model, generator=generator, head_init=head_init).eval()
         without_dropout_on_purpose()
         if lm_coef and not self.reward_model.config.get_text_config().tie_word_embeddings:
             raise InputError(

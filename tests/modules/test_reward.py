@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import RewardModule
 from rlhf_lightning.modules.reward import wins
+from rlhf_lightning.networks.scalar_head import scalar_head
 from rlhf_lightning.types import ComparisonBatch
 
 pytestmark = [
@@ -291,6 +293,30 @@ def test_a_language_model_becomes_a_reward_model_with_the_head_of_the_seed(
     assert one.weight.shape == (1, 16)
     assert torch.equal(one.weight, same.weight)
     assert not torch.equal(one.weight, other.weight)
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_head_init_sets_the_spread_of_a_language_models_new_head(
+    as_folder: bool, policy: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    network = policy(hidden_size=2048, intermediate_size=8, num_hidden_layers=1)
+    if as_folder:
+        network.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+    for head_init, std in (("unit", 2049**-0.5), ("small", 1 / 2049)):
+        module = RewardModule(tmp_path if as_folder else network, tokenizer=tokenizer, head_init=head_init)
+        assert scalar_head(module.reward_model).weight.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_with_a_small_head_the_loss_begins_at_that_of_guessing(
+    policy: Callable[..., Any], tokenizer: Any, fit: Callable[..., Any]
+) -> None:
+    first = {}
+    for head_init in ("unit", "small"):
+        module = RewardModule(policy(hidden_size=64), tokenizer=tokenizer, head_init=head_init, learning_rate=0.0)
+        first[head_init] = fit(module, [batch(MIXED)], max_steps=1)["reward/loss"][0]
+    assert first["small"] == pytest.approx(math.log(2), abs=0.1)
+    assert abs(first["unit"] - math.log(2)) > 2 * abs(first["small"] - math.log(2))
 
 
 def test_a_language_model_without_a_padding_token_is_trained(
