@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
+from torchmetrics.classification import BinaryCalibrationError
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.losses import pairwise_logistic_loss, ranked_pairs, ranking_loss
@@ -87,6 +88,7 @@ class RewardModule(LanguageModule):
         self.val_loss = MeanMetric()
         self.val_accuracy = MeanMetric()
         self.val_margin = MeanMetric()
+        self.val_calibration_error = BinaryCalibrationError(n_bins=20)
 
     @property
     def network(self) -> nn.Module:
@@ -159,17 +161,21 @@ class RewardModule(LanguageModule):
         return -cross_entropy(logits.float(), batch.tokens[best, 1:][predicted], reduction="none")
 
     def validation_step(self, batch: ComparisonBatch, batch_idx: int) -> None:
-        """Measure loss, accuracy (ties count half) and mean margin over all pairs."""
+        """Measure loss, accuracy (ties count half), mean margin and calibration error over all pairs."""
         scores = self(batch.tokens, batch.attention_mask)
         winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
         margins = scores[winners] - scores[losers]
         self.val_loss.update(pairwise_logistic_loss(scores[winners], scores[losers]))
         self.val_accuracy.update(wins(margins))
         self.val_margin.update(margins)
+        # Each pair also the other way around: then 20 bins from 0 to 1 say what 10 from 1/2 on do, and ties count half.
+        both_ways, right = torch.cat([margins, -margins]), torch.ones_like(margins, dtype=torch.long)
+        self.val_calibration_error.update(both_ways.sigmoid(), torch.cat([right, 1 - right]))
         metrics: Any = {
             "reward/val_loss": self.val_loss,
             "reward/val_accuracy": self.val_accuracy,
             "reward/val_margin": self.val_margin,
+            "reward/val_calibration_error": self.val_calibration_error,
         }
         self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(margins))
 

@@ -73,6 +73,14 @@ def test_the_numbers_stand_on_the_page(report: dict[str, Any]) -> None:
         assert expected in text
 
 
+def test_the_reward_models_card_tells_of_length_and_of_the_best_scores(report: dict[str, Any]) -> None:
+    text = Reader(page(report, FIGURES)).text
+    assert "accuracy where the chosen response is the longer one100.0 % of 3" in text
+    assert "accuracy where the chosen response is the shorter one0.0 % of 1" in text
+    assert "accuracy where the chosen response is as long as the other100.0 % of 1" in text
+    assert "score of the best responses, mean ± standard deviation0.62 ± 0.38" in text
+
+
 def test_samples_stand_side_by_side_with_their_scores(report: dict[str, Any]) -> None:
     text = Reader(page(report, FIGURES)).text
     order = [text.index(part) for part in ("Explain the moon.", "Far away.", "(empty)", "It is.", "It is far.")]

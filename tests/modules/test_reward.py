@@ -237,6 +237,20 @@ def test_validation_metrics_are_over_all_pairs_of_all_batches(
     assert found["reward/val_loss"] == pytest.approx((1 + (-expected).exp()).log().mean().item(), rel=1e-4)
     assert found["reward/val_accuracy"] == pytest.approx((expected > 0).float().mean().item())
     assert found["reward/val_margin"] == pytest.approx(expected.mean().item(), rel=1e-4)
+    assert found["reward/val_calibration_error"] == pytest.approx(calibration_error(expected.tolist()), rel=1e-4)
+
+
+def calibration_error(margins: list[float]) -> float:
+    """Mean of |accuracy - confidence| over 10 bins of confidence from 1/2 to 1, weighted by pairs (Guo et al. 2017)."""
+    confidences = [1 / (1 + math.exp(-abs(margin))) for margin in margins]
+    found = 0.0
+    for low in (0.5 + 0.05 * i for i in range(10)):
+        inside = [i for i, confidence in enumerate(confidences) if low <= confidence < low + 0.05]
+        if inside:
+            accuracy = sum((margins[i] > 0) + 0.5 * (margins[i] == 0) for i in inside) / len(inside)
+            confidence = sum(confidences[i] for i in inside) / len(inside)
+            found += len(inside) / len(margins) * abs(accuracy - confidence)
+    return found
 
 
 def test_a_tie_counts_half() -> None:
