@@ -8,8 +8,10 @@ if TYPE_CHECKING:
     from rlhf_lightning.errors import InputError
     from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
     from rlhf_lightning.networks import NetworkConfig
+    from rlhf_lightning.rollout import Ensemble, WeightedSum
 
 __all__ = [
+    "Ensemble",
     "InputError",
     "NetworkConfig",
     "PPODataModule",
@@ -18,10 +20,12 @@ __all__ = [
     "RewardModule",
     "SFTDataModule",
     "SFTModule",
+    "WeightedSum",
 ]
 
 # The names are imported at their first use (PEP 562): `rlhf --help` must not wait for torch.
 _HOMES = {
+    "Ensemble": "rollout",
     "InputError": "errors",
     "NetworkConfig": "networks",
     "PPODataModule": "data",
@@ -30,6 +34,7 @@ _HOMES = {
     "RewardModule": "modules",
     "SFTDataModule": "data",
     "SFTModule": "modules",
+    "WeightedSum": "rollout",
 }
 
 

@@ -12,7 +12,7 @@ from rlhf_lightning.evaluation.reward_card import RewardCard, reward_card
 from rlhf_lightning.functional.losses import ranked_pairs
 from rlhf_lightning.modules import RewardModule
 from rlhf_lightning.networks import NetworkConfig, load_policy, load_tokenizer, max_positions
-from rlhf_lightning.rollout.reward import FunctionReward, Reward, load_reward
+from rlhf_lightning.rollout.reward import Reward, load_reward
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, RewardFunction
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def gather_answers(
         if _all_demonstrated(batches):
             found["responses"]["demonstrations"] = _demonstrations(batches)
             found["scores"]["demonstrations"] = _demonstration_scores(batches, scorer, tokenizer)
-        found["scored_by"] = "reward function" if isinstance(scorer, FunctionReward) else "reward model"
+        found["scored_by"] = scorer.kind
     if judge is not None:
         found["judge_scores"] = {
             name: list(judge(found["prompts"], texts)) for name, texts in found["responses"].items()

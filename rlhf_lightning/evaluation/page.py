@@ -9,7 +9,7 @@ from rlhf_lightning.evaluation.figures import LABELS, STAGES, label
 
 Report = Mapping[str, Any]
 
-STAND_INS = ("reward model", "reward function")
+STAND_INS = ("reward model", "reward function", "weighted sum of rewards", "ensemble of rewards", "reward")
 """What scores where there is no judge."""
 
 JUDGES = {

@@ -63,6 +63,12 @@ def score_rollout(
             store[rows, :length] = found.masked_fill(~response_mask, 0.0)
         found_values = response_values(critic, tokens, attention_mask, length=length)
         values[rows, :length] = found_values.masked_fill(~response_mask, 0.0)
+    scores = reward.scores(rollout)
     return ScoredRollout(
-        **vars(rollout), logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=reward(rollout)
+        **vars(rollout),
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        scores=scores.total,
+        score_parts=scores.parts,
     )

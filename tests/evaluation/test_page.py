@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from rlhf_lightning.evaluation.page import ALTERNATIVES, duration, number, page, percent
+from rlhf_lightning.rollout.reward import EnsembleReward, FunctionReward, ModelReward, Reward, WeightedReward
 
 FIGURES = {name: f"<svg>{name}</svg>" for name in ALTERNATIVES}
 
@@ -96,7 +97,7 @@ def test_a_conversation_is_shown_with_its_roles(report: dict[str, Any]) -> None:
 
 def test_the_page_says_who_judged(report: dict[str, Any]) -> None:
     assert "knows the truth" in page(report, {})
-    for scorer in ("reward model", "reward function"):
+    for scorer in (reward.kind for reward in (Reward, FunctionReward, ModelReward, WeightedReward, EnsembleReward)):
         stand_in = page({**report, "judge": scorer}, {})
         assert f"the score of the {scorer} stands in for a judge" in stand_in
         assert "score of the judge" not in stand_in
