@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_lightning.data import PPODataModule, RewardDataModule, SFTDataModule
     from rlhf_lightning.errors import InputError
+    from rlhf_lightning.evaluation.validation_reward import ValidationReward
     from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
     from rlhf_lightning.networks import NetworkConfig
     from rlhf_lightning.rollout import Ensemble, WeightedSum
@@ -20,6 +21,7 @@ __all__ = [
     "RewardModule",
     "SFTDataModule",
     "SFTModule",
+    "ValidationReward",
     "WeightedSum",
 ]
 
@@ -34,6 +36,7 @@ _HOMES = {
     "RewardModule": "modules",
     "SFTDataModule": "data",
     "SFTModule": "modules",
+    "ValidationReward": "evaluation.validation_reward",
     "WeightedSum": "rollout",
 }
 
