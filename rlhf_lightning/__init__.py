@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_lightning.data import PPODataModule, RewardDataModule, SFTDataModule
     from rlhf_lightning.errors import InputError
+    from rlhf_lightning.evaluation.validation_reward import ValidationReward
     from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
     from rlhf_lightning.networks import NetworkConfig
+    from rlhf_lightning.rollout import Ensemble, WeightedSum
 
 __all__ = [
+    "Ensemble",
     "InputError",
     "NetworkConfig",
     "PPODataModule",
@@ -18,10 +21,13 @@ __all__ = [
     "RewardModule",
     "SFTDataModule",
     "SFTModule",
+    "ValidationReward",
+    "WeightedSum",
 ]
 
 # The names are imported at their first use (PEP 562): `rlhf --help` must not wait for torch.
 _HOMES = {
+    "Ensemble": "rollout",
     "InputError": "errors",
     "NetworkConfig": "networks",
     "PPODataModule": "data",
@@ -30,6 +36,8 @@ _HOMES = {
     "RewardModule": "modules",
     "SFTDataModule": "data",
     "SFTModule": "modules",
+    "ValidationReward": "evaluation.validation_reward",
+    "WeightedSum": "rollout",
 }
 
 

@@ -5,7 +5,7 @@ Axes: ``B`` sequences of a batch, ``P`` prompt positions (padding on the left), 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -27,8 +27,7 @@ class Record:
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same record with every tensor on ``device``."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
+        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
 
     def rows(self, index: Tensor) -> Self:
         """Return the sequences at ``index``, in its order."""
@@ -38,6 +37,14 @@ class Record:
     def __len__(self) -> int:
         """Return the number of sequences ``B``."""
         return len(getattr(self, fields(self)[0].name))
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _moved(column, device) for name, column in value.items()}
+    return value
 
 
 def _pick(value: Any, index: Tensor) -> Any:
@@ -76,7 +83,9 @@ class ComparisonBatch(Record):
     prompt_index: Tensor
     """(B,) which prompt of the batch a row answers, counted from 0."""
     ranks: Tensor
-    """(B,) place of the response among those of its prompt, 0 is the best."""
+    """(B,) place of the response among those of its prompt, 0 is the best; equal where two are rated alike."""
+    ratings: Tensor
+    """(B,) how far a response is rated above its prompt's worst, 0 where nobody rated; margins are differences."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,8 @@ class ScoredRollout(Rollout):
     """(B, R + 1) the critic's value of the state before each response token, and after the last; 0 without a critic."""
     scores: Tensor
     """(B,) what the reward says of each whole response, before penalties."""
+    score_parts: dict[str, Tensor] = field(default_factory=dict)
+    """(B,) each, by name: what the scores are made of; empty where the reward is in one piece."""
 
 
 @dataclass(frozen=True)

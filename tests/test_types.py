@@ -3,7 +3,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from rlhf_lightning.types import ComparisonBatch, PromptBatch, Rollout
+from rlhf_lightning.types import ComparisonBatch, PromptBatch, Rollout, ScoredRollout
 
 
 @pytest.fixture
@@ -50,6 +50,21 @@ def test_moving_takes_every_tensor_along_and_leaves_the_rest(rollout: Rollout) -
     assert rollout.tokens.device.type == "cpu"
 
 
+def test_tensors_inside_of_a_mapping_are_picked_and_moved_too(rollout: Rollout) -> None:
+    zeros = torch.zeros(3, 3)
+    scored = ScoredRollout(
+        **vars(rollout),
+        logprobs=zeros,
+        ref_logprobs=zeros,
+        values=zeros,
+        scores=zeros[:, 0],
+        score_parts={"a": torch.arange(3.0), "b": torch.arange(3.0, 6.0)},
+    )
+    picked = scored.rows(torch.tensor([2, 0])).score_parts
+    assert {name: part.tolist() for name, part in picked.items()} == {"a": [2.0, 0.0], "b": [5.0, 3.0]}
+    assert {part.device.type for part in scored.to("meta").score_parts.values()} == {"meta"}
+
+
 def test_a_record_cannot_be_changed(rollout: Rollout) -> None:
     with pytest.raises(FrozenInstanceError):
         rollout.tokens = torch.zeros(1)  # type: ignore[misc]
@@ -62,6 +77,6 @@ def test_a_rollout_is_made_of_its_prompts(rollout: Rollout) -> None:
 def test_a_comparison_batch_counts_responses() -> None:
     ones = torch.ones(4, 2)
     batch = ComparisonBatch(
-        ones.long(), ones.bool(), ones.bool(), torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 0])
+        ones.long(), ones.bool(), ones.bool(), torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 0]), torch.zeros(4)
     )
     assert len(batch) == 4

@@ -30,8 +30,8 @@ def plain(config: DictConfig) -> Config:
     """Return the config as plain containers, interpolations resolved; raises `InputError` where a value is missing."""
     try:
         # A missing value counts where it is written, not again wherever an interpolation leads to it.
-        leaves = _leaves(OmegaConf.to_container(config, resolve=False), "")
-        missing = sorted(path for path, value in leaves if value == "???")
+        found = leaves(OmegaConf.to_container(config, resolve=False), "")
+        missing = sorted(path for path, value in found if value == "???")
         if missing:
             raise InputError("\n".join(_missing(key) for key in missing))
         return typing.cast(Config, OmegaConf.to_container(config, resolve=True))
@@ -80,14 +80,18 @@ def target(path: str, name: str) -> Callable[..., Any]:
 
 
 def is_reward_function(path: str, node: Config) -> bool:
-    """Return whether the node is a reward and names a plain function, which is to be kept and not to be called."""
-    return path.split(".")[-1] == "reward" and inspect.isfunction(target(path, node["_target_"]))
+    """Return whether the node is a reward and names a plain function, which is to be kept and not to be called.
+
+    A reward is what stands at ``reward``, or in ``rewards`` as one of several.
+    """
+    *_, outer, last = ["", *path.split(".")]
+    return (last == "reward" or outer == "rewards") and inspect.isfunction(target(path, node["_target_"]))
 
 
 def _check_data_root(config: Config) -> None:
     if "data_root" not in config or Path(config["data_root"]).exists():
         return
-    for path, value in _leaves(config, ""):
+    for path, value in leaves(config, ""):
         if isinstance(value, str) and value.startswith(f"{config['data_root']}/"):
             raise InputError(
                 f"data_root={config['data_root']} does not exist, and {path} lies in it: pass data_root=FOLDER, or set "
@@ -95,13 +99,14 @@ def _check_data_root(config: Config) -> None:
             )
 
 
-def _leaves(node: object, path: str) -> Iterator[tuple[str, object]]:
+def leaves(node: object, path: str) -> Iterator[tuple[str, object]]:
+    """Yield every value that is no container, and its place in the config."""
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
     if children is None:
         yield path, node
         return
     for key, child in children:
-        yield from _leaves(child, f"{path}.{key}".lstrip("."))
+        yield from leaves(child, f"{path}.{key}".lstrip("."))
 
 
 def _missing(key: str) -> str:

@@ -16,6 +16,7 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.jsonl import write_rows
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rlhf_lightning.data.reading import Row
@@ -175,9 +176,18 @@ def say(evaluation: Config, folder: Path) -> None:
             table.add_row(name, *_columns(result["score"]), ended, perplexity, str(result["prompts"]))
         console.print(table)
     if "reward_model" in evaluation:
-        card = evaluation["reward_model"]
-        console.print(f"reward model: accuracy {card['accuracy']:.3f} on {card['pairs']} pairs")
+        say_card(evaluation["reward_model"], console)
     console.print(f"written to {folder}", soft_wrap=True)
+
+
+def say_card(card: Config, console: "Console") -> None:
+    """Print what was measured of a reward model."""
+    console.print(f"reward model: accuracy {card['accuracy']:.3f} on {card['pairs']} pairs")
+    for part in card["length_bins"]:
+        length = {"longer": "longer than", "shorter": "shorter than", "equal": "as long as"}[part["chosen"]]
+        console.print(f"  {part['accuracy']:.3f} on {part['pairs']} whose chosen response is {length} the other")
+    console.print(f"  log loss {card['log_loss']:.3f}, calibration error {card['expected_calibration_error']:.3f}")
+    console.print(f"  score of the best responses {card['best_score_mean']:.2f} ± {card['best_score_std']:.2f}")
 
 
 def _columns(interval: Config) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from rlhf_lightning.cli.build import build, build_all
-from rlhf_lightning.cli.checks import Config, check, plain
+from rlhf_lightning.cli.checks import Config, check, leaves, plain
 from rlhf_lightning.cli.console import quieten_libraries
 from rlhf_lightning.cli.interrupts import resumable, this_command
 from rlhf_lightning.cli.rehearsal import bare_trainer, look_at_rows, rehearse
@@ -320,13 +320,14 @@ class Pipeline:
         return {"max_new_tokens": ppo["max_new_tokens"], "temperature": ppo["temperature"]}
 
     def _files(self, stage: str) -> list[Path]:
-        """Return the files that a stage reads: those of its data, and that of a reward function."""
+        """Return the files that a stage reads: those of its data, and those of reward functions."""
         if stage not in self.settings["module"]:
             return []
         data = self.settings["data"][stage]
         sources = [data["path"], data["val_path"]]
-        if stage == "ppo" and isinstance(reward := self.settings["module"]["ppo"]["reward"], str):
-            sources.append(reward.rpartition(":")[0])
+        if stage == "ppo":
+            rewards = leaves(self.settings["module"]["ppo"]["reward"], "")
+            sources += [reward.rpartition(":")[0] for _, reward in rewards if isinstance(reward, str)]
         paths = [Path(source).expanduser() for source in sources if source]
         return [file for path in paths for file in ([path] if path.is_file() else _data_files(path))]
 

@@ -1,6 +1,7 @@
 """From tokenised rows to batches."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,22 +10,38 @@ from rlhf_lightning.data.tokenizing import TokenizedPrompt, TokenSequence
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, SFTBatch
 
 
+@dataclass(frozen=True)
+class RankedSequences:
+    """The responses to one prompt, each with the prompt before it, the best first."""
+
+    sequences: Sequence[TokenSequence]
+    ranks: Sequence[int]
+    """The place of each among them, counted from 0; equal for a tie."""
+    ratings: Sequence[float]
+    """How far each is rated above the worst, 0 where nobody rated."""
+
+    def __len__(self) -> int:
+        """Return the number of tokens of the longest."""
+        return max(len(sequence) for sequence in self.sequences)
+
+
 def sft_batch(rows: Sequence[TokenSequence], *, pad_token_id: int) -> SFTBatch:
     """Return the sequences padded on the right; the loss counts from the first token after the prompt."""
     tokens, mask = pad_right([row.tokens for row in rows], pad_token_id)
     return SFTBatch(tokens=tokens, attention_mask=mask, loss_mask=_after_prompt(rows, mask))
 
 
-def comparison_batch(rows: Sequence[Sequence[TokenSequence]], *, pad_token_id: int) -> ComparisonBatch:
-    """Return the responses of all rows, padded on the right; a row lists those to its prompt, the best first."""
-    sequences = [sequence for row in rows for sequence in row]
+def comparison_batch(rows: Sequence[RankedSequences], *, pad_token_id: int) -> ComparisonBatch:
+    """Return the responses of all rows, padded on the right; a row has those to its prompt."""
+    sequences = [sequence for row in rows for sequence in row.sequences]
     tokens, mask = pad_right([sequence.tokens for sequence in sequences], pad_token_id)
     return ComparisonBatch(
         tokens=tokens,
         attention_mask=mask,
         response_mask=_after_prompt(sequences, mask),
-        prompt_index=torch.tensor([i for i, row in enumerate(rows) for _ in row]),
-        ranks=torch.tensor([rank for row in rows for rank in range(len(row))]),
+        prompt_index=torch.tensor([i for i, row in enumerate(rows) for _ in row.sequences]),
+        ranks=torch.tensor([rank for row in rows for rank in row.ranks]),
+        ratings=torch.tensor([rating for row in rows for rating in row.ratings]),
     )
 
 

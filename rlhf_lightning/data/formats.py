@@ -9,6 +9,9 @@ from rlhf_lightning.data.reading import Row
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.types import Message, Prompt
 
+LARGEST = 1e38
+"""Of the numbers that a row may bring: what float32 can hold."""
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -35,7 +38,16 @@ class Comparison:
     """Responses to one prompt, the best first, no two alike."""
 
     exchanges: tuple[Exchange, ...]
+    ranks: tuple[int, ...]
+    """The place of each, counted from 0; equal where two are rated alike."""
+    ratings: tuple[float, ...]
+    """How far each is rated above the worst, 0 where nobody rated: a pair's margin is the difference of its two."""
     origin: str = field(compare=False)
+
+    @property
+    def all_tie(self) -> bool:
+        """Whether no response is better than another: there is nothing to learn."""
+        return max(self.ranks) == 0
 
 
 @dataclass(frozen=True)
@@ -61,12 +73,24 @@ def demonstration(row: Row) -> Demonstration:
 
 
 def comparison(row: Row) -> Comparison:
-    """Return the ranking of ``{prompt, chosen, rejected}`` or ``{prompt, responses: [best, ..., worst]}``."""
+    """Return the ranking of ``{prompt, chosen, rejected}`` or ``{prompt, responses: [best, ..., worst]}``.
+
+    The first may have a ``margin``, by how much the chosen response is better. The second may have ``ratings``, a
+    number for each response: these then say the order, and equal ones are a tie. Raises `InputError` where a row is
+    otherwise.
+    """
     found = _present(row)
     if {"prompt", "chosen", "rejected"} <= found:
         responses = [(name, row.fields[name]) for name in ("chosen", "rejected")]
+        ranks, ratings = [0, 1], [_margin(row) if "margin" in found else 0.0, 0.0]
     elif {"prompt", "responses"} <= found:
         responses = _ranked(row)
+        ranks, ratings = list(range(len(responses))), [0.0] * len(responses)
+        if "ratings" in found:
+            responses, ratings = _best_first(responses, _ratings(row, len(responses)))
+            ranks = [sorted(set(ratings), reverse=True).index(rating) for rating in ratings]
+            # Their differences are all that counts, and float32 holds those of large numbers badly.
+            ratings = [rating - ratings[-1] for rating in ratings]
     else:
         raise _lacks(row, "prompt, chosen and rejected, or prompt and responses")
     exchanges = tuple(_exchange(row, name, response) for name, response in responses)
@@ -74,7 +98,7 @@ def comparison(row: Row) -> Comparison:
         for j in range(i):
             if exchanges[j] == one:
                 raise InputError(f"{row.origin}: {responses[j][0]} and {responses[i][0]} must differ; they are equal")
-    return Comparison(exchanges, row.origin)
+    return Comparison(exchanges, tuple(ranks), tuple(ratings), row.origin)
 
 
 def prompt_example(row: Row) -> PromptExample:
@@ -161,6 +185,35 @@ def _ranked(row: Row) -> list[tuple[str, Any]]:
     if len(responses) < 2:
         raise InputError(f"{row.origin}: responses must hold at least 2 to compare; found {len(responses)}")
     return [(f"responses[{i}]", response) for i, response in enumerate(responses)]
+
+
+def _ratings(row: Row, responses: int) -> list[float]:
+    ratings = row.fields["ratings"]
+    if not isinstance(ratings, list | tuple) or len(ratings) != responses:
+        raise InputError(
+            f"{row.origin}: ratings must be a list of {responses} numbers, one for each of responses; found {ratings!r}"
+        )
+    return [_finite(row, f"ratings[{i}]", rating) for i, rating in enumerate(ratings)]
+
+
+def _best_first(responses: list[tuple[str, Any]], ratings: list[float]) -> tuple[list[tuple[str, Any]], list[float]]:
+    order = sorted(range(len(ratings)), key=lambda i: -ratings[i])
+    return [responses[i] for i in order], [ratings[i] for i in order]
+
+
+def _margin(row: Row) -> float:
+    margin = _finite(row, "margin", row.fields["margin"])
+    if margin < 0:
+        raise InputError(
+            f"{row.origin}: margin must not be negative: the chosen response is the better; found {margin}"
+        )
+    return margin
+
+
+def _finite(row: Row, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+        raise InputError(f"{row.origin}: {name} must be a finite number; found {value!r}")
+    return float(value)
 
 
 def _exchange(row: Row, name: str, response: object) -> Exchange:

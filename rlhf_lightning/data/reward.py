@@ -1,15 +1,14 @@
 """Data for the reward model."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from rlhf_lightning.data.collating import comparison_batch
+from rlhf_lightning.data.collating import RankedSequences, comparison_batch
 from rlhf_lightning.data.datamodule import Limit, TextDataModule, position_limit, setting_limit, tightest
 from rlhf_lightning.data.formats import comparison
 from rlhf_lightning.data.reading import Row, Source
-from rlhf_lightning.data.tokenizing import Encoder, TokenSequence, require_token
+from rlhf_lightning.data.tokenizing import Encoder, require_token
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.types import ComparisonBatch
 
@@ -17,22 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class RankedSequences:
-    """The responses to one prompt, each with the prompt before it, the best first."""
-
-    sequences: Sequence[TokenSequence]
-
-    def __len__(self) -> int:
-        """Return the number of tokens of the longest."""
-        return max(len(sequence) for sequence in self.sequences)
-
-
 class RewardDataModule(TextDataModule[RankedSequences]):
     """Comparisons as `ComparisonBatch`: rows ``{prompt, chosen, rejected}`` or ``{prompt, responses}``, the best first.
 
-    A row of which one response with its prompt is longer than ``max_length`` or the model's positions is dropped, and
-    counted. The arguments are those of `SFTDataModule`; ``batch_size`` counts prompts.
+    Rows with ``responses`` may have ``ratings`` and rows with ``chosen`` a ``margin``: see `comparison`. A row of which
+    one response with its prompt is longer than ``max_length`` or the model's positions is dropped, and counted; so is
+    one whose responses are all rated alike. The arguments are those of `SFTDataModule`; ``batch_size`` counts prompts.
     """
 
     def __init__(
@@ -72,12 +61,21 @@ class RewardDataModule(TextDataModule[RankedSequences]):
         return tightest(self.max_length, position_limit(self.max_positions()))
 
     def items(self, row: Row, encoder: Encoder, limit: Limit | None) -> list[RankedSequences]:
-        """Return the tokenised responses of a row."""
-        return [RankedSequences([encoder.exchange(exchange) for exchange in comparison(row).exchanges])]
+        """Return the tokenised responses of a row; none where all of them tie."""
+        found = comparison(row)
+        if found.all_tie:
+            return []
+        sequences = [encoder.exchange(exchange) for exchange in found.exchanges]
+        return [RankedSequences(sequences, found.ranks, found.ratings)]
+
+    def rule(self, limit: Limit | None) -> str:
+        """Return in words what a row must fulfil not to be dropped."""
+        rules = [super().rule(limit)] if limit else []
+        return ", ".join([*rules, "a row must have two responses that are not rated alike"])
 
     def collate(self, pad_token_id: int) -> Callable[[list[RankedSequences]], ComparisonBatch]:
         """Return `comparison_batch` with the padding."""
-        return partial(_batch, pad_token_id=pad_token_id)
+        return partial(comparison_batch, pad_token_id=pad_token_id)
 
     def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raise `InputError` where padding looks like an end token: a classifier finds the last token by the pad id."""
@@ -86,7 +84,3 @@ class RewardDataModule(TextDataModule[RankedSequences]):
                 f"the pad token of a reward model must not be its end token {tokenizer.eos_token!r}: name another with "
                 "network.pad_token=..., in Python NetworkConfig(..., pad_token=...)"
             )
-
-
-def _batch(rows: list[RankedSequences], *, pad_token_id: int) -> ComparisonBatch:
-    return comparison_batch([row.sequences for row in rows], pad_token_id=pad_token_id)

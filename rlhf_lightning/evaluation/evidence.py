@@ -12,7 +12,7 @@ from rlhf_lightning.evaluation.reward_card import RewardCard, reward_card
 from rlhf_lightning.functional.losses import ranked_pairs
 from rlhf_lightning.modules import RewardModule
 from rlhf_lightning.networks import NetworkConfig, load_policy, load_tokenizer, max_positions
-from rlhf_lightning.rollout.reward import FunctionReward, Reward, load_reward
+from rlhf_lightning.rollout.reward import Reward, load_reward
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, RewardFunction
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def gather_answers(
         if _all_demonstrated(batches):
             found["responses"]["demonstrations"] = _demonstrations(batches)
             found["scores"]["demonstrations"] = _demonstration_scores(batches, scorer, tokenizer)
-        found["scored_by"] = "reward function" if isinstance(scorer, FunctionReward) else "reward model"
+        found["scored_by"] = scorer.kind
     if judge is not None:
         found["judge_scores"] = {
             name: list(judge(found["prompts"], texts)) for name, texts in found["responses"].items()
@@ -84,18 +84,25 @@ def load_reward_module(model: str | Path | NetworkConfig) -> RewardModule:
 
 @torch.no_grad()
 def measure_reward(score: RewardModule, batches: Iterable[ComparisonBatch]) -> RewardCard:
-    """Return the card of a reward model on held-out comparisons."""
+    """Return the card of a reward model on held-out comparisons; lengths are tokens of the response."""
     margins: list[float] = []
+    differences: list[float] = []
     all_scores: list[float] = []
+    best_scores: list[float] = []
     lengths: list[float] = []
     for batch in batches:
         batch = batch.to(score.device)
         scores = score(batch.tokens, batch.attention_mask)
+        length = batch.response_mask.sum(dim=1)
         winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
         margins += (scores[winners] - scores[losers]).tolist()
+        differences += (length[winners] - length[losers]).tolist()
         all_scores += scores.tolist()
-        lengths += batch.attention_mask.sum(dim=1).tolist()
-    return reward_card(margins, scores=all_scores, lengths=lengths)
+        best_scores += scores[batch.ranks == 0].tolist()
+        lengths += length.tolist()
+    return reward_card(
+        margins, scores=all_scores, lengths=lengths, length_differences=differences, best_scores=best_scores
+    )
 
 
 def _room(policy: nn.Module, max_new_tokens: int) -> int | None:

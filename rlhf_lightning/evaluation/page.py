@@ -9,7 +9,7 @@ from rlhf_lightning.evaluation.figures import LABELS, STAGES, label
 
 Report = Mapping[str, Any]
 
-STAND_INS = ("reward model", "reward function")
+STAND_INS = ("reward model", "reward function", "weighted sum of rewards", "ensemble of rewards", "reward")
 """What scores where there is no judge."""
 
 JUDGES = {
@@ -28,6 +28,9 @@ JUDGES = {
     },
 }
 """Who judged, and what that is worth."""
+
+LENGTHS = {"longer": "the longer one", "shorter": "the shorter one", "equal": "as long as the other"}
+"""What is said of the chosen response's length."""
 
 ALTERNATIVES = {
     "win_rate": "Bars: win rate of each policy against demonstrations with 95 % intervals",
@@ -122,6 +125,14 @@ def _reward(report: Report, figures: Mapping[str, str]) -> str:
             ["mean margin", number(card["mean_margin"])],
             ["calibration error", percent(card["expected_calibration_error"], 1)],
         ]
+        for part in card["length_bins"]:
+            of = LENGTHS[part["chosen"]]
+            rows.append(
+                [f"accuracy where the chosen response is {of}", f"{percent(part['accuracy'], 1)} of {part['pairs']}"]
+            )
+        if card["best_score_mean"] is not None:
+            spread = f"{number(card['best_score_mean'])} ± {number(card['best_score_std'])}"
+            rows.append(["score of the best responses, mean ± standard deviation", spread])
         if card["length_correlation"] is not None:
             rows.append(["correlation of score and length", f"{card['length_correlation']:+.2f}"])
     note = "How often it scores the chosen response above the rejected one, and whether it knows how sure it may be."

@@ -42,7 +42,7 @@ def clipped_value_loss(
 def ranked_pairs(
     prompt_index: Int[Tensor, " B"], ranks: Int[Tensor, " B"]
 ) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
-    """Return row indices (better, worse) of all pairs of responses to the same prompt: C(K, 2) for K ranked ones."""
+    """Return row indices (better, worse) of all pairs of a prompt's responses: C(K, 2) of K that do not tie."""
     same_prompt = prompt_index.unsqueeze(1) == prompt_index.unsqueeze(0)
     better = ranks.unsqueeze(1) < ranks.unsqueeze(0)
     winners, losers = torch.nonzero(same_prompt & better, as_tuple=True)
@@ -59,7 +59,7 @@ def pairwise_logistic_loss(
 def ranking_loss(
     scores: Float[Tensor, " B"], prompt_index: Int[Tensor, " B"], ranks: Int[Tensor, " B"]
 ) -> Float[Tensor, ""]:
-    """Return the mean over prompts of the mean loss of a prompt's C(K, 2) pairs (Ouyang et al. 2022, eq. 1)."""
+    """Return the mean over prompts of the mean loss of a prompt's pairs (Ouyang et al. 2022, eq. 1)."""
     winners, losers = ranked_pairs(prompt_index, ranks)
     losses = pairwise_logistic_loss(scores[winners], scores[losers])
     pairs_of_prompt = torch.bincount(prompt_index[winners])

@@ -1,6 +1,7 @@
 """The reward model: from comparisons to one score per response."""
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
+from torchmetrics.classification import BinaryCalibrationError
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.losses import pairwise_logistic_loss, ranked_pairs, ranking_loss
@@ -17,7 +19,7 @@ from rlhf_lightning.functional.masking import last_index
 from rlhf_lightning.functional.schedules import Schedule
 from rlhf_lightning.modules.language import LanguageModule, adamw_with_schedule, without_dropout_on_purpose
 from rlhf_lightning.networks import Model, load_reward_model
-from rlhf_lightning.networks.scalar_head import HiddenMoments, scalar_head, shift_scores
+from rlhf_lightning.networks.scalar_head import HeadInit, HiddenMoments, scalar_head, shift_scores
 from rlhf_lightning.types import ComparisonBatch
 
 if TYPE_CHECKING:
@@ -29,8 +31,10 @@ log = logging.getLogger(__name__)
 class RewardModule(LanguageModule):
     """Trains a sequence classifier with one label by the pairwise logistic loss (Ouyang et al. 2022, eq. 1).
 
-    Each response is read once, however many pairs it is in. After training the scores are shifted so that the best
-    responses of the training data average 0 (Stiennon et al. 2020, sec. 3.4), and the shift is part of the weights.
+    With ``margin_coef`` it is -log sigmoid(r_c - r_r - margin_coef * margin) (Touvron et al. 2023, Llama 2, eq. 2).
+    Ties are no pairs, and each response is read once, however many pairs it is in. After training the scores are
+    shifted so that the best responses of the training data average 0 (Stiennon et al. 2020, sec. 3.4), and the shift is
+    part of the weights.
     """
 
     def __init__(
@@ -38,17 +42,19 @@ class RewardModule(LanguageModule):
         model: Model,
         *,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
+        head_init: HeadInit = "unit",
         learning_rate: float = 1e-5,
         weight_decay: float = 0.0,
         lr_schedule: Schedule = "cosine",
         lr_floor: float = 0.0,
         warmup_steps: int = 0,
         shift_scores: bool = True,
+        margin_coef: float = 0.0,
         lm_coef: float = 0.0,
         length_groups: int = 1,
         seed: int = 0,
     ) -> None:
-        """Load the network; a language model gets a new scalar head, drawn with ``seed``.
+        """Load the network; a language model gets a new scalar head, drawn with ``seed`` as `init_scalar_head` says.
 
         With ``lm_coef`` the loss has that many times the next-token loss of the best responses beside it, which keeps
         what the network knew as a language model (Yang et al. 2024, SFT regularization): its output embeddings
@@ -63,8 +69,11 @@ class RewardModule(LanguageModule):
             raise InputError(f"length_groups={length_groups} must be at least 1")
         if lm_coef < 0:
             raise InputError(f"lm_coef={lm_coef} must not be negative")
+        if not 0 <= margin_coef < math.inf:
+            raise InputError(f"margin_coef={margin_coef} must not be negative, and finite")
         # Without dropout: the scores that are compared belong to one function (Huang et al. 2024).
-        self.reward_model = load_reward_model(model, generator=torch.Generator().manual_seed(seed)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        self.reward_model = load_reward_model(model, generator=generator, head_init=head_init).eval()
         without_dropout_on_purpose()
         if lm_coef and not self.reward_model.config.get_text_config().tie_word_embeddings:
             raise InputError(
@@ -77,11 +86,13 @@ class RewardModule(LanguageModule):
         self.lr_floor = lr_floor
         self.warmup_steps = warmup_steps
         self.shift_scores = shift_scores
+        self.margin_coef = margin_coef
         self.lm_coef = lm_coef
         self.length_groups = length_groups
         self.val_loss = MeanMetric()
         self.val_accuracy = MeanMetric()
         self.val_margin = MeanMetric()
+        self.val_calibration_error = BinaryCalibrationError(n_bins=20)
 
     @property
     def network(self) -> nn.Module:
@@ -102,7 +113,8 @@ class RewardModule(LanguageModule):
     def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
         """Return the mean over prompts of the mean loss over a prompt's pairs, and the next-token loss where asked."""
         scores, best_logprobs = self._read(batch)
-        loss = ranking_loss(scores, batch.prompt_index, batch.ranks)
+        # A margin is a difference of ratings, as that of a pair is one of scores: it can be taken off one by one.
+        loss = ranking_loss(scores - self.margin_coef * batch.ratings, batch.prompt_index, batch.ranks)
         winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
         metrics = {"reward/loss": loss, "reward/accuracy": wins(scores[winners] - scores[losers]).mean()}
         if self.lm_coef:
@@ -153,17 +165,21 @@ class RewardModule(LanguageModule):
         return -cross_entropy(logits.float(), batch.tokens[best, 1:][predicted], reduction="none")
 
     def validation_step(self, batch: ComparisonBatch, batch_idx: int) -> None:
-        """Measure loss, accuracy (ties count half) and mean margin over all pairs."""
+        """Measure loss, accuracy (ties count half), mean margin and calibration error over all pairs."""
         scores = self(batch.tokens, batch.attention_mask)
         winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
         margins = scores[winners] - scores[losers]
         self.val_loss.update(pairwise_logistic_loss(scores[winners], scores[losers]))
         self.val_accuracy.update(wins(margins))
         self.val_margin.update(margins)
+        # Each pair also the other way around: then 20 bins from 0 to 1 say what 10 from 1/2 on do, and ties count half.
+        both_ways, right = torch.cat([margins, -margins]), torch.ones_like(margins, dtype=torch.long)
+        self.val_calibration_error.update(both_ways.sigmoid(), torch.cat([right, 1 - right]))
         metrics: Any = {
             "reward/val_loss": self.val_loss,
             "reward/val_accuracy": self.val_accuracy,
             "reward/val_margin": self.val_margin,
+            "reward/val_calibration_error": self.val_calibration_error,
         }
         self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(margins))
 

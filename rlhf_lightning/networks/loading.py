@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.networks.scalar_head import init_scalar_head, scalar_head
+from rlhf_lightning.networks.scalar_head import HeadInit, init_scalar_head, scalar_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,17 +57,21 @@ def load_policy(model: Model) -> "PreTrainedModel":
 
 
 def load_reward_model(
-    model: Model, *, generator: torch.Generator | None = None, trained: bool = False
+    model: Model,
+    *,
+    generator: torch.Generator | None = None,
+    head_init: HeadInit = "unit",
+    trained: bool = False,
 ) -> "PreTrainedModel":
     """Return a sequence classifier with one label, its scalar head new where ``model`` is a language model.
 
-    A new head is drawn with ``generator``. Raises `InputError` where there is no classifier, and where a ``trained``
-    one is wanted and the folder has no head.
+    A new head is drawn with ``generator`` as `init_scalar_head` says. Raises `InputError` where there is no classifier,
+    and where a ``trained`` one is wanted and the folder has no head.
     """
     from transformers import AutoModelForSequenceClassification
 
     if isinstance(model, nn.Module):
-        return _as_reward_model(model, generator)
+        return _as_reward_model(model, generator, head_init)
     network = network_config(model)
     reward_model, loading = _from_pretrained(
         AutoModelForSequenceClassification, network, num_labels=1, output_loading_info=True
@@ -81,7 +85,7 @@ def load_reward_model(
             "in a language model; train one with RewardModule (`rlhf train module=reward`)"
         )
     if loading["missing_keys"]:
-        init_scalar_head(scalar_head(reward_model), generator)
+        init_scalar_head(scalar_head(reward_model), generator, head_init=head_init)
     return cast("PreTrainedModel", reward_model)
 
 
@@ -145,7 +149,7 @@ def _fit_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
         model.resize_token_embeddings(len(tokenizer))
 
 
-def _as_reward_model(model: nn.Module, generator: torch.Generator | None) -> "PreTrainedModel":
+def _as_reward_model(model: nn.Module, generator: torch.Generator | None, head_init: HeadInit) -> "PreTrainedModel":
     """Return the network itself if it is a classifier with one label, else a classifier on a copy of its body."""
     from transformers import AutoModelForSequenceClassification
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -158,5 +162,5 @@ def _as_reward_model(model: nn.Module, generator: torch.Generator | None) -> "Pr
     reward_model = AutoModelForSequenceClassification.from_config(config, dtype=language_model.dtype)
     reward_model.base_model.load_state_dict(language_model.base_model.state_dict())
     reward_model.eval()
-    init_scalar_head(scalar_head(reward_model), generator)
+    init_scalar_head(scalar_head(reward_model), generator, head_init=head_init)
     return cast("PreTrainedModel", reward_model)

@@ -1,12 +1,16 @@
 """The linear map from the last hidden state to one number."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import InputError
+
+HeadInit = Literal["unit", "small"]
+"""How the weights of a new head are drawn; see `init_scalar_head`."""
 
 
 def scalar_head(reward_model: nn.Module) -> nn.Linear:
@@ -21,9 +25,19 @@ def scalar_head(reward_model: nn.Module) -> nn.Linear:
 
 
 @torch.no_grad()
-def init_scalar_head(head: nn.Linear, generator: torch.Generator | None = None) -> None:
-    """Draw the weights from N(0, 1/(d + 1)), a variance (Stiennon et al. 2020; Huang et al. 2024)."""
-    std = (head.in_features + 1) ** -0.5
+def init_scalar_head(
+    head: nn.Linear, generator: torch.Generator | None = None, *, head_init: HeadInit = "unit"
+) -> None:
+    """Draw the weights of a head on d features from a normal distribution around 0; a bias becomes 0.
+
+    "unit" has standard deviation 1/sqrt(d + 1), so that scores of states of unit size have about unit spread: as
+    OpenAI's summarize_from_feedback (Stiennon et al. 2020) and its reproduction (Huang et al. 2024) do it. "small" has
+    1/(d + 1), as OpenRLHF does: scores begin close together, and the loss at log 2. Raises `InputError` for another.
+    """
+    stds = {"unit": (head.in_features + 1) ** -0.5, "small": 1 / (head.in_features + 1)}
+    if head_init not in stds:
+        raise InputError(f"head_init={head_init!r} must be one of {', '.join(stds)}")
+    std = stds[head_init]
     head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
     if head.bias is not None:
         head.bias.zero_()

@@ -2,13 +2,24 @@
 
 from rlhf_lightning.rollout.experience import estimate_advantages, micro_batches, minibatches
 from rlhf_lightning.rollout.generate import generate, sample_tokens
-from rlhf_lightning.rollout.reward import FunctionReward, ModelReward, Reward, load_reward
+from rlhf_lightning.rollout.reward import (
+    Ensemble,
+    FunctionReward,
+    ModelReward,
+    Reward,
+    Scores,
+    WeightedSum,
+    load_reward,
+)
 from rlhf_lightning.rollout.score import response_logits, score_rollout
 
 __all__ = [
+    "Ensemble",
     "FunctionReward",
     "ModelReward",
     "Reward",
+    "Scores",
+    "WeightedSum",
     "estimate_advantages",
     "generate",
     "load_reward",

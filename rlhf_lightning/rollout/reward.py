@@ -1,12 +1,14 @@
-"""What a response is worth: a reward model, or a function that the user wrote."""
+"""What a response is worth: a reward model, a function that the user wrote, or several of them together."""
 
 import importlib
 import importlib.util
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,16 +23,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a reward says of the responses of a rollout."""
+
+    total: Float[Tensor, " B"]
+    """The score of each response, float32."""
+    parts: dict[str, Tensor]
+    """(B,) each, by name: what the total is made of; empty where the reward is in one piece."""
+
+
 class Reward(nn.Module):
-    """Scores whole responses: ``reward(rollout)`` is (B,) in float32."""
+    """Scores whole responses: ``reward(rollout)`` is (B,) in float32, ``reward.scores(rollout)`` has the parts too.
+
+    A reward in one piece defines ``forward``; one of several pieces defines ``scores``.
+    """
+
+    kind: ClassVar[str] = "reward"
+    """How it is called where people read it."""
 
     def forward(self, rollout: Rollout) -> Float[Tensor, " B"]:
         """Return one score per response."""
         raise TypeError(f"{type(self).__name__} is a Reward without a forward")
 
+    def scores(self, rollout: Rollout) -> Scores:
+        """Return the scores with what they are made of; each network reads the responses once."""
+        return Scores(self(rollout), {})
+
 
 class FunctionReward(Reward):
     """A Python function ``f(prompts, responses, **columns) -> list[float]``."""
+
+    kind = "reward function"
 
     def __init__(self, function: RewardFunction) -> None:
         """Take the function."""
@@ -59,6 +83,8 @@ class ModelReward(Reward):
 
     Where its tokenizer is the policy's it reads the sampled ids themselves; otherwise the text is tokenised anew.
     """
+
+    kind = "reward model"
 
     def __init__(
         self,
@@ -130,8 +156,106 @@ class ModelReward(Reward):
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
 
+class WeightedReward(Reward):
+    """The weighted sum of several rewards; its parts are what each adds, by name, and add up to the total.
+
+    The parts of a reward that has some itself are there as ``NAME/PART``, times its weight.
+    """
+
+    kind = "weighted sum of rewards"
+
+    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
+        """Take rewards and weights of the same names."""
+        super().__init__()
+        # Not a ModuleDict, which refuses some names.
+        self.rewards = nn.ModuleList(rewards.values())
+        self.weights = {name: float(weights[name]) for name in rewards}
+
+    def forward(self, rollout: Rollout) -> Float[Tensor, " B"]:
+        """Return the sum."""
+        return self.scores(rollout).total
+
+    def scores(self, rollout: Rollout) -> Scores:
+        """Return the sum, and what each reward adds to it."""
+        parts: dict[str, Tensor] = {}
+        for (name, weight), reward in zip(self.weights.items(), self.rewards, strict=True):
+            found = _scores(reward, rollout)
+            parts[name] = weight * found.total
+            parts |= {f"{name}/{part}": weight * value for part, value in found.parts.items()}
+        return Scores(torch.stack([parts[name] for name in self.weights]).sum(dim=0), parts)
+
+
+class EnsembleReward(Reward):
+    """The mean of several rewards less ``std_coef`` standard deviations; its parts are ``mean`` and ``std``."""
+
+    kind = "ensemble of rewards"
+
+    def __init__(self, rewards: Sequence[Reward], *, std_coef: float) -> None:
+        """Take the members."""
+        super().__init__()
+        self.rewards = nn.ModuleList(rewards)
+        self.std_coef = std_coef
+
+    def forward(self, rollout: Rollout) -> Float[Tensor, " B"]:
+        """Return mean - std_coef * std."""
+        return self.scores(rollout).total
+
+    def scores(self, rollout: Rollout) -> Scores:
+        """Return mean - std_coef * std with both; std is the population's."""
+        totals = torch.stack([_scores(reward, rollout).total for reward in self.rewards])
+        mean, std = totals.mean(dim=0), totals.std(dim=0, correction=0)
+        return Scores(mean - self.std_coef * std, {"mean": mean, "std": std})
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """The setting ``reward=WeightedSum({"helpful": "out/reward", "polite": polite}, {"helpful": 1.0, "polite": 0.5})``.
+
+    What each reward adds is logged by its name. Raises `InputError` where names differ or a weight is no finite number.
+    """
+
+    rewards: Mapping[str, "RewardSetting"]
+    weights: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        """Check names and weights."""
+        if not self.rewards or self.rewards.keys() != self.weights.keys():
+            raise InputError(
+                "a WeightedSum needs rewards, and weights of the same names; "
+                f"rewards: {_names(self.rewards)}; weights: {_names(self.weights)}"
+            )
+        for name, weight in self.weights.items():
+            if not _is_finite(weight):
+                raise InputError(f"the weight of {name!r} must be a finite number; found {weight!r}")
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The setting ``reward=Ensemble(["out/reward_1", "out/reward_2", "out/reward_3"], std_coef=1.0)``.
+
+    The score is mean - std_coef * std over the members, std the population's; with 0 it is the mean. It distrusts what
+    the members disagree on, as the uncertainty-weighted objective of Coste et al. (2023), who take off the variance;
+    the standard deviation has the score's unit. Raises `InputError` with fewer than two members, or a ``std_coef`` that
+    is negative or not finite.
+    """
+
+    rewards: Sequence["RewardSetting"]
+    std_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the members and the coefficient."""
+        if isinstance(self.rewards, str) or len(self.rewards) < 2:
+            raise InputError(f"an Ensemble needs a list of at least 2 rewards; found {self.rewards!r}")
+        if not _is_finite(self.std_coef) or self.std_coef < 0:
+            raise InputError(f"std_coef={self.std_coef!r} must be a finite number, 0 or more")
+
+
+RewardSetting = str | Path | NetworkConfig | nn.Module | RewardFunction | WeightedSum | Ensemble
+"""What a reward can be given as; see `load_reward`."""
+
+
 def load_reward(
-    reward: "str | Path | NetworkConfig | nn.Module | RewardFunction",
+    reward: RewardSetting,
     policy_tokenizer: "PreTrainedTokenizerBase",
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
@@ -141,10 +265,17 @@ def load_reward(
 
     A `Reward` is itself; a classifier module reads ``tokenizer`` (the policy's where not given); another callable is a
     reward function; ``"file.py:function"`` and ``"package.module:function"`` name one; any other string is a
-    reward-model folder or hub name.
+    reward-model folder or hub name. The rewards of a `WeightedSum` or an `Ensemble` are loaded in the same way.
     """
     if isinstance(reward, Reward):
         return reward
+    load = partial(
+        load_reward, policy_tokenizer=policy_tokenizer, tokenizer=tokenizer, micro_batch_size=micro_batch_size
+    )
+    if isinstance(reward, WeightedSum):
+        return WeightedReward({name: load(part) for name, part in reward.rewards.items()}, reward.weights)
+    if isinstance(reward, Ensemble):
+        return EnsembleReward([load(member) for member in reward.rewards], std_coef=reward.std_coef)
     if isinstance(reward, nn.Module):
         scalar_head(reward)
         return ModelReward(reward, tokenizer or policy_tokenizer, policy_tokenizer, micro_batch_size=micro_batch_size)
@@ -160,7 +291,8 @@ def load_reward(
     if callable(reward):
         return FunctionReward(reward)
     raise InputError(
-        f"reward must be a reward-model folder or name, a classifier, or a function; found {type(reward).__name__}"
+        "reward must be a reward-model folder or name, a classifier, a function, a WeightedSum or an Ensemble; "
+        f"found {type(reward).__name__}"
     )
 
 
@@ -192,6 +324,19 @@ def left_aligned(
     """Return the rows with their real tokens moved to the left, in order, and the mask that belongs to them."""
     order = (~mask).long().argsort(dim=1, stable=True)
     return tokens.gather(1, order), mask.gather(1, order)
+
+
+def _scores(reward: nn.Module, rollout: Rollout) -> Scores:
+    assert isinstance(reward, Reward)
+    return reward.scores(rollout)
+
+
+def _names(named: Mapping[str, object]) -> str:
+    return ", ".join(map(str, named)) or "none"
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _module_from_file(path: Path) -> Any:

@@ -71,6 +71,12 @@ def score_rollout(
             found = response_values(critic, tokens, attention_mask, length=length)
             states = value_mask(response_mask, after_end=True)
             values[rows, : length + 1] = found.masked_fill(~states, 0.0)
+    scores = reward.scores(rollout)
     return ScoredRollout(
-        **vars(rollout), logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=reward(rollout)
+        **vars(rollout),
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        scores=scores.total,
+        score_parts=scores.parts,
     )

@@ -4,6 +4,7 @@ import pytest
 
 from rlhf_lightning.cli.build import build, build_all
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.rollout import WeightedSum
 
 
 def length(prompts: list[str], responses: list[str], scale: float = 1.0) -> list[float]:
@@ -21,6 +22,29 @@ def test_a_node_becomes_its_object_with_further_arguments() -> None:
 def test_a_reward_function_is_not_called_but_bound_to_its_settings() -> None:
     made = build("module.reward", dict(REWARD))
     assert made(["p"], ["four"]) == [8.0]
+
+
+def test_functions_among_several_rewards_are_bound_too() -> None:
+    several = {
+        "_target_": "rlhf_lightning.rollout.WeightedSum",
+        "rewards": {
+            "long": dict(REWARD),
+            "models": {"_target_": "rlhf_lightning.Ensemble", "rewards": ["out/reward", dict(REWARD)], "std_coef": 0.5},
+        },
+        "weights": {"long": 1.0, "models": 2.0},
+    }
+    made = build("module.reward", several)
+    assert isinstance(made, WeightedSum)
+    assert made.rewards["long"](["p"], ["four"]) == [8.0]
+    assert made.rewards["models"].rewards[0] == "out/reward"
+    assert made.rewards["models"].rewards[1](["p"], ["four"]) == [8.0]
+    assert (made.rewards["models"].std_coef, made.weights) == (0.5, {"long": 1.0, "models": 2.0})
+
+
+def test_several_rewards_that_do_not_fit_together_are_an_input_error_with_the_place() -> None:
+    wrong = {"_target_": "rlhf_lightning.WeightedSum", "rewards": {"long": dict(REWARD)}, "weights": {"short": 1.0}}
+    with pytest.raises(InputError, match=r"module\.reward: .*rewards: long; weights: short"):
+        build("module.reward", wrong)
 
 
 def test_what_a_constructor_refuses_is_an_input_error_with_the_place() -> None:

@@ -77,6 +77,23 @@ def test_reward_function_need_not_have_what_it_is_called_with() -> None:
         check({"module": {"reward": node(politeness, wight=2.0)}}, known=["module"])
 
 
+def test_functions_and_settings_of_several_rewards_are_checked_too() -> None:
+    ensemble = {"_target_": "rlhf_lightning.rollout.Ensemble", "rewards": ["out/reward", node(politeness)]}
+    several = {
+        "_target_": "rlhf_lightning.rollout.WeightedSum",
+        "rewards": {"polite": node(politeness, weight=2.0), "models": ensemble},
+        "weights": {"polite": 1.0, "models": 1.0},
+    }
+    check({"module": {"reward": several}}, known=["module"])
+    ensemble["std_coeff"] = 1.0
+    with pytest.raises(InputError, match=r"models\.std_coeff is not a setting.*did you mean .*models\.std_coef\?"):
+        check({"module": {"reward": several}}, known=["module"])
+    ensemble |= {"rewards": "out/reward"}
+    del ensemble["std_coeff"]
+    with pytest.raises(InputError, match=r"module\.reward\.rewards\.models\.rewards must be .*not 'out/reward'"):
+        check({"module": {"reward": several}}, known=["module"])
+
+
 def test_root_key_near_a_real_one_is_refused_and_another_one_is_the_users_own() -> None:
     check({"my_own_variable": 1}, known=["module", "data"])
     with pytest.raises(InputError, match=r"modul is not a setting; did you mean module\?"):

@@ -76,7 +76,9 @@ def test_without_responses_there_is_no_perplexity(tiny_model: Path, capsys: pyte
     assert "–" in capsys.readouterr().out
 
 
-def test_reward_model_that_always_scores_the_same_is_right_half_of_the_time(tiny_model: Path, tmp_path: Path) -> None:
+def test_reward_model_that_always_scores_the_same_is_right_half_of_the_time(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -90,6 +92,11 @@ def test_reward_model_that_always_scores_the_same_is_right_half_of_the_time(tiny
     found = evaluation("reward=reward", "reward_data.path=pairs.jsonl")
     assert found["reward_model"]["pairs"] == 4
     assert found["reward_model"]["accuracy"] == 0.5
+    said = capsys.readouterr().out
+    assert "accuracy 0.500 on 4 pairs" in said
+    assert "0.500 on 4 whose chosen response is as long as the other" in said
+    assert "log loss 0.693, calibration error 0.000" in said
+    assert "score of the best responses 0.00 ± 0.00" in said
 
 
 @pytest.mark.parametrize(

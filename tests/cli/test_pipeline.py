@@ -324,6 +324,24 @@ def test_a_stage_runs_again_when_a_file_that_it_reads_has_changed(
     assert report(tmp_path / "out")["judge_score"] == {"start": 7.0, "ppo": 7.0}
 
 
+def test_several_rewards_are_one_and_the_files_of_each_are_watched(
+    ppo_alone: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"{tmp_path / 'rewards.py'}:length"
+    several = f'{{_target_: rlhf_lightning.WeightedSum, rewards: {{long: "{name}"}}, weights: {{long: 2}}}}'
+    assert run_verb("pipeline", [*ppo_alone, f"module.ppo.reward={several}"]) == 0
+    found = report(tmp_path / "out")
+    assert found["judge"] == "weighted sum of rewards"
+    for sample in found["samples"]:
+        assert sample["scores"] == {policy: 2 * len(text) for policy, text in sample["responses"].items()}
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text(rewards.read_text().replace("map(len, responses)", "[7.0 for _ in responses]"))
+    capsys.readouterr()
+    assert run_verb("pipeline", [*ppo_alone, f"module.ppo.reward={several}"]) == 0
+    assert "rewards.py has changed" in capsys.readouterr().out
+    assert report(tmp_path / "out")["judge_score"]["start"] == 14.0
+
+
 def test_an_error_in_a_stage_says_what_is_kept_and_how_to_go_on(
     ppo_alone: list[str], files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,6 @@
 import torch
 
-from rlhf_lightning.data.collating import comparison_batch, prompt_batch, sft_batch
+from rlhf_lightning.data.collating import RankedSequences, comparison_batch, prompt_batch, sft_batch
 from rlhf_lightning.data.formats import PromptExample
 from rlhf_lightning.data.tokenizing import TokenizedPrompt, TokenSequence
 
@@ -29,13 +29,17 @@ def test_a_token_that_looks_like_padding_counts() -> None:
     assert batch.loss_mask.tolist() == [[False, True, True, True], [False, True, False, False]]
 
 
-def test_responses_of_one_prompt_are_neighbours_in_the_order_of_their_ranks() -> None:
-    rows = [[sequence(1, 2), sequence(1, 3, 4)], [sequence(5), sequence(6), sequence(7)]]
+def test_responses_of_one_prompt_are_neighbours_with_their_ranks_and_ratings() -> None:
+    rows = [
+        RankedSequences([sequence(1, 2), sequence(1, 3, 4)], ranks=[0, 1], ratings=[0.5, 0.0]),
+        RankedSequences([sequence(5), sequence(6), sequence(7)], ranks=[0, 0, 1], ratings=[3.0, 3.0, 0.0]),
+    ]
     batch = comparison_batch(rows, pad_token_id=PAD)
     assert batch.tokens.tolist() == [[1, 2, PAD], [1, 3, 4], [5, PAD, PAD], [6, PAD, PAD], [7, PAD, PAD]]
     assert batch.attention_mask.sum(dim=1).tolist() == [2, 3, 1, 1, 1]
     assert batch.prompt_index.tolist() == [0, 0, 1, 1, 1]
-    assert batch.ranks.tolist() == [0, 1, 0, 1, 2]
+    assert batch.ranks.tolist() == [0, 1, 0, 0, 1]
+    assert batch.ratings.tolist() == [0.5, 0.0, 3.0, 3.0, 0.0]
 
 
 def test_prompts_end_at_the_right_edge() -> None:

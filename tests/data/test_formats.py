@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -59,6 +60,32 @@ def test_a_pair_ranks_the_chosen_response_first() -> None:
 def test_a_ranking_keeps_its_order() -> None:
     ranked = comparison(row(prompt="a", responses=["z", "y", "x"]))
     assert [one.response for one in ranked.exchanges] == ["z", "y", "x"]
+    assert (ranked.ranks, ranked.ratings) == ((0, 1, 2), (0.0, 0.0, 0.0))
+
+
+def test_ratings_say_the_order_whatever_that_of_the_responses_is() -> None:
+    ranked = comparison(row(prompt="a", responses=["x", "z", "y"], ratings=[-1, 4.5, 2]))
+    assert [one.response for one in ranked.exchanges] == ["z", "y", "x"]
+    assert (ranked.ranks, ranked.ratings) == ((0, 1, 2), (5.5, 3.0, 0.0))
+
+
+def test_responses_that_are_rated_alike_share_a_place() -> None:
+    ranked = comparison(row(prompt="a", responses=["w", "x", "y", "z"], ratings=[1, 3, 1, 2]))
+    assert [one.response for one in ranked.exchanges] == ["x", "z", "w", "y"]
+    assert ranked.ranks == (0, 1, 2, 2)
+    assert not ranked.all_tie
+    assert comparison(row(prompt="a", responses=["x", "y"], ratings=[2, 2.0])).all_tie
+
+
+def test_the_margin_of_a_pair_is_the_difference_of_its_ratings() -> None:
+    assert comparison(row(prompt="a", chosen="b", rejected="c", margin=2)).ratings == (2.0, 0.0)
+    even = comparison(row(prompt="a", chosen="b", rejected="c", margin=0))
+    assert (even.ranks, even.ratings) == ((0, 1), (0.0, 0.0))
+
+
+def test_large_ratings_keep_their_small_differences() -> None:
+    ranked = comparison(row(prompt="a", responses=["x", "y"], ratings=[1e9 + 0.25, 1e9]))
+    assert ranked.ratings == (0.25, 0.0)
 
 
 @pytest.mark.parametrize("prompt", ["a", [user("a")]])
@@ -113,6 +140,20 @@ def test_a_text_waits_for_its_opening_to_be_cut_and_carries_all_other_columns() 
         (comparison, {"prompt": "a", "responses": []}, "at least 2 to compare; found 0"),
         (comparison, {"prompt": "a", "responses": "bc"}, "responses must be a list"),
         (comparison, {"prompt": "a", "responses": ["b", ""]}, r"responses\[1\] must not be empty"),
+        (comparison, {"prompt": "a", "responses": ["b", "c"], "ratings": [1]}, "list of 2 numbers.*; found "),
+        (comparison, {"prompt": "a", "responses": ["b", "c"], "ratings": 5}, "list of 2 numbers.*; found 5"),
+        (comparison, {"prompt": "a", "responses": ["b", "c"], "ratings": [1, "2"]}, r"ratings\[1\] must be a finite"),
+        (comparison, {"prompt": "a", "responses": ["b", "c"], "ratings": [True, 2]}, r"ratings\[0\] must be a finite"),
+        (comparison, {"prompt": "a", "responses": ["b", "c"], "ratings": [None, 2]}, r"ratings\[0\] must be a finite"),
+        (comparison, {"prompt": "a", "responses": ["b", "c"], "ratings": [2, math.nan]}, r"ratings\[1\] .*found nan"),
+        (comparison, {"prompt": "a", "responses": ["b", "c"], "ratings": [2, 10**400]}, r"ratings\[1\] must be"),
+        (comparison, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}, "margin must be a finite number"),
+        (comparison, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": math.inf}, "margin must be a finite"),
+        (
+            comparison,
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": -0.5},
+            "must not be negative.*found -0.5",
+        ),
         (comparison, {"prompt": "a", "chosen": [user("b")], "rejected": "c"}, "the whole conversation with the prompt"),
         (
             comparison,

@@ -29,6 +29,34 @@ def test_pairs_and_rankings_share_a_batch(tokenizer: PreTrainedTokenizerBase) ->
         ("<bos>bworst<eos>", 2),
     }
     assert sorted(batch.prompt_index.bincount().tolist()) == [2, 3]
+    assert batch.ratings.tolist() == [0.0] * 5
+
+
+def test_ratings_and_margins_reach_the_batch(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{**PAIR, "margin": 0.5}, {**RANKING, "ratings": [1, 3, 3]}]
+    data = RewardDataModule(rows, tokenizer=tokenizer, val_fraction=0)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    found = set(zip(texts(batch, tokenizer), batch.ranks.tolist(), batch.ratings.tolist(), strict=True))
+    assert found == {
+        ("<bos>agood<eos>", 0, 0.5),
+        ("<bos>abad<eos>", 1, 0.0),
+        ("<bos>bfair<eos>", 0, 2.0),
+        ("<bos>bworst<eos>", 0, 2.0),
+        ("<bos>bbest<eos>", 1, 0.0),
+    }
+
+
+def test_a_prompt_of_which_all_responses_tie_is_dropped_and_counted(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [PAIR, {**RANKING, "ratings": [2, 2, 2]}]
+    data = RewardDataModule(rows, tokenizer=tokenizer, val_fraction=0)
+    data.setup("fit")
+    assert len(data.train_items) == 1
+    assert "1 of 2 training rows are dropped: a row must have two responses that are not rated alike" in caplog.text
+    with pytest.raises(InputError, match=r"1 of 1 training rows are dropped.*rated alike; none is left"):
+        RewardDataModule(rows[1:], tokenizer=tokenizer, val_fraction=0).setup("fit")
 
 
 def test_the_batch_size_counts_prompts(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -53,7 +81,8 @@ def test_a_pad_token_that_is_the_end_token_is_an_error_that_names_the_remedy(
         RewardDataModule([PAIR], tokenizer=tokenizer).setup("fit")
 
 
-@pytest.mark.parametrize("row", [{**PAIR, "rejected": "good"}, {**RANKING, "responses": ["best"]}, {"text": "a"}])
+@pytest.mark.parametrize("row", [{**PAIR, "rejected": "good"}, {**RANKING, "responses": ["best"]}, {"text": "a"},
+     {**RANKING, "ratings": [1, 2]}, {**PAIR, "margin": -1}])  # fmt: skip
 def test_a_bad_row_is_an_error_with_its_place(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"^row 1 of data\.path: "):
         RewardDataModule([PAIR, row], tokenizer=tokenizer, val_fraction=0).setup("fit")

@@ -15,7 +15,13 @@ def curve(*values: float) -> dict[str, list[float]]:
 @pytest.fixture
 def report() -> dict[str, Any]:
     """All stages, judged by the world."""
-    card = reward_card([1.0, 2.0, -0.5, 0.2, 3.0], scores=[1.0, 2.0, 4.0], lengths=[3.0, 4.0, 9.0])
+    card = reward_card(
+        [1.0, 2.0, -0.5, 0.2, 3.0],
+        scores=[1.0, 2.0, 4.0],
+        lengths=[3.0, 4.0, 9.0],
+        length_differences=[1, 1, -1, 2, 0],
+        best_scores=[0.25, 1.0],
+    )
     return {
         "judge": "world",
         "seed": 3,

@@ -1,6 +1,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,7 +83,7 @@ def test_the_card_counts_the_pairs_that_the_reward_model_orders_rightly(tiny_mod
     data = RewardDataModule(rows, val_path=rows, batch_size=1, tokenizer=module.tokenizer)
     data.setup("validate")
     card = measure_reward(module, data.val_dataloader())
-    right = []
+    right, best = [], []
     for row in rows:
         texts: Any = row.get("responses") or [row["chosen"], row["rejected"]]
         scores = []
@@ -91,6 +92,28 @@ def test_the_card_counts_the_pairs_that_the_reward_model_orders_rightly(tiny_mod
             ids = [*tokenizer(f"{row['prompt']}{text}").input_ids, tokenizer.eos_token_id]
             with torch.no_grad():
                 scores.append(module.reward_model(torch.tensor([ids])).logits.item())
+        best.append(scores[0])
         right += [scores[i] > scores[j] for i in range(len(scores)) for j in range(i + 1, len(scores))]
     assert card.pairs == 4
     assert card.accuracy == pytest.approx(sum(right) / 4)
+    # In every pair the first response is the shorter one.
+    assert [(b.chosen, b.pairs, b.accuracy) for b in card.length_bins] == [("shorter", 4, card.accuracy)]
+    assert card.best_score_mean == pytest.approx(sum(best) / 2, abs=1e-6)
+    assert card.best_score_std == pytest.approx(abs(best[0] - best[1]) / 2, abs=1e-6)
+
+
+def test_lengths_are_those_of_the_responses_alone(tiny_model: Path) -> None:
+    module = load_reward_module(tiny_model)
+    rows = [
+        {"prompt": "A much longer prompt.", "chosen": "a", "rejected": "bb"},
+        {"prompt": "Tell.", "responses": ["cccc", "dddd"]},
+    ]
+    data = RewardDataModule(rows, val_path=rows, batch_size=2, tokenizer=module.tokenizer)
+    data.setup("validate")
+    batches: Any = list(data.val_dataloader())
+    card = measure_reward(module, batches)
+    assert [(b.chosen, b.pairs) for b in card.length_bins] == [("shorter", 1), ("equal", 1)]
+    with torch.no_grad():
+        scores = torch.cat([module(batch.tokens, batch.attention_mask) for batch in batches])
+    expected = np.corrcoef(scores.numpy(), [1, 2, 4, 4])[0, 1]
+    assert card.length_correlation == pytest.approx(expected, abs=1e-5)

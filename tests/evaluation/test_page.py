@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from rlhf_lightning.evaluation.page import ALTERNATIVES, duration, number, page, percent
+from rlhf_lightning.rollout.reward import EnsembleReward, FunctionReward, ModelReward, Reward, WeightedReward
 
 FIGURES = {name: f"<svg>{name}</svg>" for name in ALTERNATIVES}
 
@@ -73,6 +74,14 @@ def test_the_numbers_stand_on_the_page(report: dict[str, Any]) -> None:
         assert expected in text
 
 
+def test_the_reward_models_card_tells_of_length_and_of_the_best_scores(report: dict[str, Any]) -> None:
+    text = Reader(page(report, FIGURES)).text
+    assert "accuracy where the chosen response is the longer one100.0 % of 3" in text
+    assert "accuracy where the chosen response is the shorter one0.0 % of 1" in text
+    assert "accuracy where the chosen response is as long as the other100.0 % of 1" in text
+    assert "score of the best responses, mean ± standard deviation0.62 ± 0.38" in text
+
+
 def test_samples_stand_side_by_side_with_their_scores(report: dict[str, Any]) -> None:
     text = Reader(page(report, FIGURES)).text
     order = [text.index(part) for part in ("Explain the moon.", "Far away.", "(empty)", "It is.", "It is far.")]
@@ -88,7 +97,7 @@ def test_a_conversation_is_shown_with_its_roles(report: dict[str, Any]) -> None:
 
 def test_the_page_says_who_judged(report: dict[str, Any]) -> None:
     assert "knows the truth" in page(report, {})
-    for scorer in ("reward model", "reward function"):
+    for scorer in (reward.kind for reward in (Reward, FunctionReward, ModelReward, WeightedReward, EnsembleReward)):
         stand_in = page({**report, "judge": scorer}, {})
         assert f"the score of the {scorer} stands in for a judge" in stand_in
         assert "score of the judge" not in stand_in

@@ -66,13 +66,44 @@ def test_scores_that_follow_length_are_found_out() -> None:
     assert card.length_correlation == pytest.approx(1.0)
 
 
+def test_a_reward_model_that_loves_length_is_right_on_the_longer_and_wrong_on_the_shorter() -> None:
+    random = np.random.default_rng(0)
+    chosen, rejected = random.integers(1, 20, (2, 500))
+    card = reward_card(0.3 * (chosen - rejected), length_differences=chosen - rejected)
+    found = {b.chosen: b for b in card.length_bins}
+    assert {name: b.accuracy for name, b in found.items()} == {"longer": 1.0, "shorter": 0.0, "equal": 0.5}
+    assert found["longer"].mean_margin > 0 > found["shorter"].mean_margin
+    assert found["longer"].pairs == (chosen > rejected).sum()
+    assert sum(b.pairs for b in card.length_bins) == 500
+
+
+def test_a_reward_model_that_knows_the_truth_is_as_right_whichever_is_longer() -> None:
+    margins = bradley_terry()
+    differences = np.random.default_rng(1).integers(-3, 4, len(margins))
+    accuracies = [b.accuracy for b in reward_card(margins, length_differences=differences).length_bins]
+    assert accuracies == pytest.approx([reward_card(margins).accuracy] * 3, abs=0.02)
+
+
+def test_every_pair_has_a_length_difference() -> None:
+    assert reward_card([1.0]).length_bins == []
+    with pytest.raises(ValueError, match="2 margins cannot be paired with 1 length differences"):
+        reward_card([1.0, 2.0], length_differences=[1.0])
+
+
+def test_the_scores_of_the_best_responses_are_summed_up() -> None:
+    card = reward_card([1.0], best_scores=[1.0, 2.0, 6.0])
+    assert card.best_score_mean == 3.0
+    assert card.best_score_std == pytest.approx(math.sqrt(14 / 3))
+    assert reward_card([1.0]).best_score_mean is None
+
+
 def test_what_does_not_vary_has_no_correlation() -> None:
     assert correlation([1.0, 2.0], [5.0, 5.0]) is None
     assert reward_card([1.0]).length_correlation is None
 
 
 def test_a_card_survives_its_plain_form() -> None:
-    card = reward_card(bradley_terry(100).tolist())
+    card = reward_card(bradley_terry(100).tolist(), length_differences=[1.0, -2.0] * 50, best_scores=[1.0, 2.0])
     assert RewardCard.from_dict(card.as_dict()) == card
 
 

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import RewardModule
 from rlhf_lightning.modules.reward import wins
+from rlhf_lightning.networks.scalar_head import scalar_head
 from rlhf_lightning.types import ComparisonBatch
 
 pytestmark = [
@@ -29,7 +31,15 @@ MIXED: list[Ranking] = [
 ]
 
 
-def batch(rankings: list[Ranking], *, pads: int = 0) -> ComparisonBatch:
+def batch(
+    rankings: list[Ranking],
+    *,
+    pads: int = 0,
+    ranks: list[list[int]] | None = None,
+    ratings: list[list[float]] | None = None,
+) -> ComparisonBatch:
+    ranks = ranks or [list(range(len(ranking))) for ranking in rankings]
+    ratings = ratings or [[0.0] * len(ranking) for ranking in rankings]
     rows = [row for ranking in rankings for row in ranking]
     width = max(map(len, rows)) + pads
     return ComparisonBatch(
@@ -38,7 +48,8 @@ def batch(rankings: list[Ranking], *, pads: int = 0) -> ComparisonBatch:
         # The prompt is the first token.
         response_mask=torch.tensor([[False] + [True] * (len(row) - 1) + [False] * (width - len(row)) for row in rows]),
         prompt_index=torch.tensor([i for i, ranking in enumerate(rankings) for _ in ranking]),
-        ranks=torch.tensor([rank for ranking in rankings for rank in range(len(ranking))]),
+        ranks=torch.tensor([rank for of_prompt in ranks for rank in of_prompt]),
+        ratings=torch.tensor([rating for of_prompt in ratings for rating in of_prompt]),
     )
 
 
@@ -90,6 +101,59 @@ def test_each_response_is_read_once_however_many_pairs_it_is_in(
     )
     fit(module, [batch(MIXED)], max_steps=1)
     assert sum(rows) == 9
+
+
+TIED_RANKS = [[0, 1], [0, 1, 1, 2], [0, 0, 0]]
+RATINGS = [[1.5, 0.0], [2.0, 0.75, 0.75, 0.0], [0.0, 0.0, 0.0]]
+
+
+def reference_loss(network: Any, margin_coef: float) -> Tensor:
+    """The loss of `MIXED` with ties and margins, pair by pair in float64 (Touvron et al. 2023, eq. 2)."""
+    of_prompts = []
+    for scores, ranks, ratings in zip(scores_one_by_one(network, MIXED), TIED_RANKS, RATINGS, strict=True):
+        losses = [
+            (1 + (margin_coef * (ratings[i] - ratings[j]) - scores[i] + scores[j]).exp()).log()
+            for i, j in combinations(range(len(scores)), 2)
+            if ranks[i] != ranks[j]
+        ]
+        if losses:
+            of_prompts.append(torch.stack(losses).mean())
+    return torch.stack(of_prompts).mean()
+
+
+@pytest.mark.parametrize("margin_coef", [0.0, 0.7])
+def test_ties_are_no_pairs_and_margins_are_taken_off_as_in_a_reference_in_float64(
+    margin_coef: float, make: Callable[..., RewardModule], classifier: Callable[..., Any]
+) -> None:
+    network = classifier().double()
+    expected = reference_loss(network, margin_coef)
+    expected.backward()
+    module = make(margin_coef=margin_coef, length_groups=2)
+    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]  # there is no Trainer to log to
+    loss = module.training_step(batch(MIXED, pads=2, ranks=TIED_RANKS, ratings=RATINGS), 0)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    found, wanted = (
+        torch.cat([p.grad.double().flatten() for p in of.parameters()])  # type: ignore[union-attr]
+        for of in (module.reward_model, network)
+    )
+    assert (found - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_a_margin_coefficient_must_be_a_number_from_0_on(make: Callable[..., RewardModule]) -> None:
+    for wrong in (-0.5, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"margin_coef={wrong} must not be negative, and finite"):
+            make(margin_coef=wrong)
+
+
+def test_ties_do_not_count_in_validation(
+    make: Callable[..., RewardModule], classifier: Callable[..., Any], validate: Callable[..., Any]
+) -> None:
+    with torch.no_grad():
+        scores = scores_one_by_one(classifier(), MIXED)[1]
+    right = [float(scores[i] > scores[j]) for i, j in ((0, 1), (0, 2), (0, 3), (1, 3), (2, 3))]
+    found = validate(make(), [batch(MIXED[1:2], ranks=TIED_RANKS[1:2])])
+    assert found["reward/val_accuracy"] == pytest.approx(sum(right) / 5)
 
 
 @pytest.mark.parametrize("length_groups", [2, 5, 100])
@@ -173,6 +237,20 @@ def test_validation_metrics_are_over_all_pairs_of_all_batches(
     assert found["reward/val_loss"] == pytest.approx((1 + (-expected).exp()).log().mean().item(), rel=1e-4)
     assert found["reward/val_accuracy"] == pytest.approx((expected > 0).float().mean().item())
     assert found["reward/val_margin"] == pytest.approx(expected.mean().item(), rel=1e-4)
+    assert found["reward/val_calibration_error"] == pytest.approx(calibration_error(expected.tolist()), rel=1e-4)
+
+
+def calibration_error(margins: list[float]) -> float:
+    """Mean of |accuracy - confidence| over 10 bins of confidence from 1/2 to 1, weighted by pairs (Guo et al. 2017)."""
+    confidences = [1 / (1 + math.exp(-abs(margin))) for margin in margins]
+    found = 0.0
+    for low in (0.5 + 0.05 * i for i in range(10)):
+        inside = [i for i, confidence in enumerate(confidences) if low <= confidence < low + 0.05]
+        if inside:
+            accuracy = sum((margins[i] > 0) + 0.5 * (margins[i] == 0) for i in inside) / len(inside)
+            confidence = sum(confidences[i] for i in inside) / len(inside)
+            found += len(inside) / len(margins) * abs(accuracy - confidence)
+    return found
 
 
 def test_a_tie_counts_half() -> None:
@@ -231,6 +309,30 @@ def test_a_language_model_becomes_a_reward_model_with_the_head_of_the_seed(
     assert not torch.equal(one.weight, other.weight)
 
 
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_head_init_sets_the_spread_of_a_language_models_new_head(
+    as_folder: bool, policy: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    network = policy(hidden_size=2048, intermediate_size=8, num_hidden_layers=1)
+    if as_folder:
+        network.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+    for head_init, std in (("unit", 2049**-0.5), ("small", 1 / 2049)):
+        module = RewardModule(tmp_path if as_folder else network, tokenizer=tokenizer, head_init=head_init)
+        assert scalar_head(module.reward_model).weight.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_with_a_small_head_the_loss_begins_at_that_of_guessing(
+    policy: Callable[..., Any], tokenizer: Any, fit: Callable[..., Any]
+) -> None:
+    first = {}
+    for head_init in ("unit", "small"):
+        module = RewardModule(policy(hidden_size=64), tokenizer=tokenizer, head_init=head_init, learning_rate=0.0)
+        first[head_init] = fit(module, [batch(MIXED)], max_steps=1)["reward/loss"][0]
+    assert first["small"] == pytest.approx(math.log(2), abs=0.1)
+    assert abs(first["unit"] - math.log(2)) > 2 * abs(first["small"] - math.log(2))
+
+
 def test_a_language_model_without_a_padding_token_is_trained(
     policy: Callable[..., Any], tokenizer: Any, fit: Callable[..., Any]
 ) -> None:
@@ -257,6 +359,7 @@ def test_training_runs_without_dropout(classifier: Callable[..., Any], tokenizer
         {"lr_floor": 0.5},
         {"warmup_steps": 2},
         {"shift_scores": False},
+        {"margin_coef": 1.0},
     ],
 )
 def test_every_setting_changes_the_trained_weights(
@@ -264,7 +367,7 @@ def test_every_setting_changes_the_trained_weights(
 ) -> None:
     default, other = make(), make(**setting)
     for module in (default, other):
-        fit(module, [batch(MIXED), batch(separable(2, 0))], max_epochs=2)
+        fit(module, [batch(MIXED, ratings=RATINGS), batch(separable(2, 0))], max_epochs=2)
     before, after = weights(default.reward_model), weights(other.reward_model)
     assert any(not torch.equal(before[name], after[name]) for name in before)
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -20,13 +22,16 @@ def moments(hidden: torch.Tensor) -> HiddenMoments:
 
 
 @pytest.mark.parametrize("size", [64, 4096])
-def test_the_variance_of_a_new_head_is_one_over_d_plus_1(size: int) -> None:
+@pytest.mark.parametrize(
+    ("settings", "power"), [({}, 0.5), ({"head_init": "unit"}, 0.5), ({"head_init": "small"}, 1.0)]
+)
+def test_a_new_head_has_the_spread_that_is_asked_for(size: int, settings: Any, power: float) -> None:
     heads = [nn.Linear(size, 1, bias=False) for _ in range(40960 // size)]
     generator = torch.Generator().manual_seed(0)
     for head in heads:
-        init_scalar_head(head, generator)
+        init_scalar_head(head, generator, **settings)
     weights = torch.cat([head.weight.flatten() for head in heads])
-    assert weights.std().item() == pytest.approx((size + 1) ** -0.5, rel=0.03)
+    assert weights.std().item() == pytest.approx(1 / (size + 1) ** power, rel=0.03)
     assert weights.mean().abs() < 4 * weights.std() / len(weights) ** 0.5
 
 
@@ -37,6 +42,12 @@ def test_a_new_head_has_a_bias_of_0_and_is_that_of_its_generator() -> None:
     assert one.bias.item() == 0.0
     assert torch.equal(one.weight, other.weight)
     assert not torch.equal(one.weight, third.weight)
+
+
+def test_another_way_to_draw_a_head_is_refused() -> None:
+    other: Any = "big"
+    with pytest.raises(InputError, match="head_init='big' must be one of unit, small"):
+        init_scalar_head(nn.Linear(2, 1), head_init=other)
 
 
 def test_a_network_with_several_heads_or_none_is_no_reward_model() -> None:

@@ -7,7 +7,15 @@ import torch
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks import NetworkConfig, save_pretrained
-from rlhf_lightning.rollout.reward import FunctionReward, ModelReward, Reward, left_aligned, load_reward
+from rlhf_lightning.rollout.reward import (
+    Ensemble,
+    FunctionReward,
+    ModelReward,
+    Reward,
+    WeightedSum,
+    left_aligned,
+    load_reward,
+)
 from rlhf_lightning.types import Rollout
 
 KINDS = ["llama", "gpt2"]
@@ -340,3 +348,122 @@ def test_what_is_no_reward_is_refused_by_its_type(tokenizer: Any) -> None:
     setting: Any = 3
     with pytest.raises(InputError, match="found int"):
         load_reward(setting, tokenizer)
+
+
+# Several rewards -------------------------------------------------------------
+
+
+def longer(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+    return [float(len(response)) for response in responses]
+
+
+def first_letter(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+    return [float(ord(response[0])) for response in responses]
+
+
+def test_a_weighted_sum_adds_up_what_each_reward_says_times_its_weight(
+    sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    network = classifier()
+    reward = load_reward(WeightedSum({"helpful": network, "long": longer}, {"long": -0.5, "helpful": 2.0}), tokenizer)
+    helpful = 2.0 * ModelReward(network, tokenizer, tokenizer)(sequences)
+    long = -0.5 * torch.tensor(longer([], sequences.responses))
+    found = reward.scores(sequences)
+    assert list(found.parts) == ["helpful", "long"]
+    torch.testing.assert_close(found.parts["helpful"], helpful)
+    torch.testing.assert_close(found.parts["long"], long)
+    torch.testing.assert_close(found.total, helpful + long)
+    assert torch.equal(reward(sequences), found.total)
+
+
+@pytest.mark.parametrize("std_coef", [0.0, 0.5, 2.0])
+def test_an_ensemble_takes_standard_deviations_off_its_mean(
+    std_coef: float, sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    networks = [classifier(seed=seed) for seed in range(3)]
+    members = [ModelReward(network, tokenizer, tokenizer)(sequences).tolist() for network in networks]
+    means, stds = [], []
+    for row in zip(*members, strict=True):
+        means.append(sum(row) / 3)
+        stds.append((sum((score - means[-1]) ** 2 for score in row) / 3) ** 0.5)
+    reward = load_reward(Ensemble(networks, std_coef=std_coef), tokenizer)
+    found = reward.scores(sequences)
+    assert set(found.parts) == {"mean", "std"}
+    assert found.parts["mean"].tolist() == pytest.approx(means, rel=1e-4)
+    assert found.parts["std"].tolist() == pytest.approx(stds, rel=1e-4)
+    expected = [mean - std_coef * std for mean, std in zip(means, stds, strict=True)]
+    assert found.total.tolist() == pytest.approx(expected, rel=1e-4)
+    assert torch.equal(reward(sequences), found.total)
+
+
+def test_rewards_of_several_can_be_parts_of_others(sequences: Rollout, tokenizer: Any) -> None:
+    inner = Ensemble([longer, first_letter], std_coef=1.0)
+    reward = load_reward(WeightedSum({"both": inner, "long": longer}, {"both": 3.0, "long": 1.0}), tokenizer)
+    alone, long = load_reward(inner, tokenizer).scores(sequences), torch.tensor(longer([], sequences.responses))
+    found = reward.scores(sequences)
+    assert list(found.parts) == ["both", "both/mean", "both/std", "long"]
+    torch.testing.assert_close(found.parts["both/std"], 3 * alone.parts["std"])
+    torch.testing.assert_close(found.total, 3 * alone.total + long)
+    average = load_reward(Ensemble([WeightedSum({"long": longer}, {"long": 2.0}), longer]), tokenizer)
+    torch.testing.assert_close(average(sequences), 1.5 * long)
+
+
+def test_a_reward_in_one_piece_has_no_parts(sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any) -> None:
+    for setting in (longer, classifier()):
+        reward = load_reward(setting, tokenizer)
+        found = reward.scores(sequences)
+        assert found.parts == {}
+        assert torch.equal(found.total, reward(sequences))
+
+
+def test_each_network_reads_a_rollout_once_for_the_total_and_the_parts(
+    sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    networks, calls = [classifier(seed=seed) for seed in range(2)], [0, 0]
+
+    def count(index: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[index] += 1
+
+        return hook
+
+    for index, network in enumerate(networks):
+        network.register_forward_hook(count(index))
+    setting = WeightedSum({"models": Ensemble(networks, std_coef=1.0), "long": longer}, {"models": 1.0, "long": 0.1})
+    load_reward(setting, tokenizer).scores(sequences)
+    assert calls == [1, 1]
+
+
+def test_parts_of_a_reward_are_loaded_with_the_settings_of_the_whole(
+    file: Path, tmp_path: Path, sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    network, foreign = classifier(), classifier(vocab_size=6)
+    save_pretrained(network, tokenizer, tmp_path / "reward")
+    setting = WeightedSum(
+        {"folder": str(tmp_path / "reward"), "file": f"{file}:longer", "foreign.words": foreign},
+        {"folder": 1.0, "file": 1.0, "foreign.words": 1.0},
+    )
+    other = word_tokenizer()
+    parts = load_reward(setting, tokenizer, tokenizer=other, micro_batch_size=2).scores(sequences).parts
+    assert parts["file"].tolist() == lengths(sequences)
+    torch.testing.assert_close(parts["foreign.words"], ModelReward(foreign, other, tokenizer)(sequences))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: WeightedSum({"a": longer, "b": longer}, {"a": 1.0, "c": 1.0}), "rewards: a, b; weights: a, c"),
+        (lambda: WeightedSum({"a": longer}, {}), "rewards: a; weights: none"),
+        (lambda: WeightedSum({}, {}), "rewards: none; weights: none"),
+        (lambda: WeightedSum({"a": longer}, {"a": float("nan")}), "weight of 'a' must be a finite number; found nan"),
+        (lambda: WeightedSum({"a": longer}, {"a": float("inf")}), "weight of 'a' must be a finite number; found inf"),
+        (lambda: WeightedSum({"a": longer}, {"a": None}), "weight of 'a' must be a finite number; found None"),
+        (lambda: Ensemble([longer]), "at least 2 rewards"),
+        (lambda: Ensemble("out/reward"), "list of at least 2 rewards; found 'out/reward'"),
+        (lambda: Ensemble([longer, longer], std_coef=-1.0), "std_coef=-1.0 must be a finite number, 0 or more"),
+        (lambda: Ensemble([longer, longer], std_coef=float("nan")), "std_coef=nan must be a finite number"),
+    ],
+)
+def test_what_does_not_fit_together_is_an_input_error(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()

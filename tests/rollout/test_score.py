@@ -6,7 +6,7 @@ import torch
 
 from rlhf_lightning.functional.rewards import value_mask
 from rlhf_lightning.networks import Critic
-from rlhf_lightning.rollout.reward import FunctionReward
+from rlhf_lightning.rollout.reward import FunctionReward, WeightedSum, load_reward
 from rlhf_lightning.rollout.score import response_logits, response_values, score_rollout
 from rlhf_lightning.types import Rollout, ScoredRollout
 
@@ -113,3 +113,26 @@ def test_scores_are_what_the_reward_says_and_nothing_has_a_gradient(
     scored = score(sequences, policy())
     assert scored.scores.tolist() == [float(len(text)) for text in sequences.responses]
     assert not any(x.requires_grad for x in vars(scored).values() if isinstance(x, torch.Tensor))
+    assert scored.score_parts == {}
+
+
+def test_what_a_reward_is_made_of_is_kept_beside_its_scores(
+    policy: Callable[..., Any], rollout: Callable[..., Rollout], tokenizer: Any
+) -> None:
+    sequences, network = rollout(PROMPTS, RESPONSES), policy()
+    rewards = {"ones": lambda prompts, responses: [1.0] * 3, "places": lambda prompts, responses: range(3)}
+    scored = score_rollout(
+        sequences,
+        policy=network,
+        reference=network,
+        critic=Critic.from_policy(network),
+        reward=load_reward(WeightedSum(rewards, {"ones": 2.0, "places": 10.0}), tokenizer),
+        temperature=1.0,
+        micro_batch_size=8,
+    )
+    assert scored.scores.tolist() == [2.0, 12.0, 22.0]
+    assert {name: part.tolist() for name, part in scored.score_parts.items()} == {
+        "ones": [2.0, 2.0, 2.0],
+        "places": [0.0, 10.0, 20.0],
+    }
+    assert scored.rows(torch.tensor([2, 0])).score_parts["places"].tolist() == [20.0, 0.0]
