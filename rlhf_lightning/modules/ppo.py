@@ -1,5 +1,6 @@
 """PPO on the reward minus the KL penalty: one `training_step` is one rollout and its updates."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -22,6 +23,7 @@ from rlhf_lightning.functional.masking import masked_moments, masked_sum
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
 from rlhf_lightning.modules.language import LanguageModule, without_dropout_on_purpose
 from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
+from rlhf_lightning.preflight import check_ppo, of_status, refusal
 from rlhf_lightning.rollout.experience import estimate_advantages, minibatches, trimmed_micro_batches
 from rlhf_lightning.rollout.generate import generate
 from rlhf_lightning.rollout.reward import ModelReward, Reward, load_reward
@@ -30,6 +32,8 @@ from rlhf_lightning.types import Experience, PromptBatch, RewardFunction, Rollou
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 FROZEN = ("reference.", "reward.")
 """Networks that training never changes: they come from their folders and stay out of checkpoints."""
@@ -67,6 +71,7 @@ class PPOModule(LanguageModule):
         temperature: float = 1.0,
         missing_eos_penalty: float = 1.0,
         seed: int = 0,
+        preflight: bool = True,
     ) -> None:
         """Load the policy; the other roles are made in `setup`, when the tokenizer is known.
 
@@ -119,6 +124,7 @@ class PPOModule(LanguageModule):
         self.temperature = temperature
         self.missing_eos_penalty = missing_eos_penalty
         self.seed = seed
+        self.preflight = preflight
         # In a closure: a network that was given here is registered once, as part of `reward`.
         self._load_reward = lambda: load_reward(
             reward, self.required_tokenizer, tokenizer=reward_tokenizer, micro_batch_size=micro_batch_size
@@ -168,6 +174,13 @@ class PPOModule(LanguageModule):
         # Dropout would make the first ratio differ from 1.
         self.eval()
         without_dropout_on_purpose()
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Look at the run before its first update; one that goes on from a checkpoint is past that."""
+        if self.preflight and self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
+            # A second `fit` of this module goes on from weights that were trained.
+            self.preflight = False
+            self._require_preflight(batch)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample a rollout, score it, estimate advantages, and update policy and critic."""
@@ -316,6 +329,17 @@ class PPOModule(LanguageModule):
         if missing or keys.unexpected_keys:
             raise RuntimeError(f"checkpoint does not fit: missing {missing}, unexpected {keys.unexpected_keys}")
         return keys
+
+    def _require_preflight(self, batch: PromptBatch) -> None:
+        """Log what is doubtful; raises `InputError` on all processes where one of them finds an error."""
+        with self.trainer.precision_plugin.train_step_context():
+            findings = check_ppo(self, batch)
+        if self.trainer.is_global_zero:
+            for finding in of_status(findings, "warning"):
+                log.warning("preflight: %s", finding)
+        errors = torch.tensor(float(len(of_status(findings, "error"))), device=self.device)
+        if self.sum_over_ranks(errors):
+            raise refusal(findings, off="PPOModule(preflight=False), module.preflight=false, trains without this check")
 
     @property
     def _reward(self) -> Reward:
