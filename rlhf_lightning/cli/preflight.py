@@ -157,9 +157,10 @@ def look_at_rows(here: "Trainer", module: Any, data: "TextDataModule[Any]") -> "
 
 def short_and_long(items: Sequence[Any], number: int) -> list[Any]:
     """Return at most ``number`` items from the shortest to the longest, both among them."""
-    by_length = sorted(items, key=len)
+    by_length = sorted(items, key=len, reverse=True)
     count = min(number, len(items))
-    return [by_length[i * (len(items) - 1) // max(1, count - 1)] for i in range(1, count)] + by_length[-1:]
+    places = [i * (len(items) - 1) // max(1, count - 1) for i in range(count)]
+    return [by_length[place] for place in reversed(places)]
 
 
 def ends_of(data: "TextDataModule[Any]") -> list[Any]:
