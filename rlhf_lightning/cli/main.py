@@ -10,6 +10,7 @@ from difflib import get_close_matches
 
 VERBS = {
     "pipeline": "all stages in a row: pre-training, fine-tuning, reward model, PPO, evaluation, report",
+    "preflight": "look at a run before it is paid for: networks, tokenizer, rows, reward, memory, batch sizes",
     "train": "one stage: module=sft, module=reward or module=ppo",
     "evaluate": "compare policies on held-out prompts, or a reward model on comparisons",
     "generate": "sample responses of a policy",
@@ -24,6 +25,7 @@ verbs
 examples
   rlhf pipeline
   rlhf train module=sft network.pretrained=gpt2 data.path=demonstrations.jsonl
+  rlhf preflight module=ppo network.pretrained=out/sft module.reward=out/reward data.path=prompts.jsonl
   rlhf train module=ppo network.pretrained=out/sft module.reward=out/reward data.path=prompts.jsonl
   rlhf train -m module.beta=0.02,0.05,0.1 module=ppo ...     a sweep
   rlhf evaluate policies.sft=out/sft policies.ppo=out/ppo reward=out/reward data.path=heldout.jsonl

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -26,7 +25,8 @@ from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
 from rlhf_lightning.modules.language import LanguageModule, adamw, predictions, without_dropout_on_purpose
 from rlhf_lightning.modules.ppo_checks import check_settings
 from rlhf_lightning.modules.ptx import BatchStream
-from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
+from rlhf_lightning.networks import Critic, Model, load_policy, stop_token_ids
+from rlhf_lightning.preflight import check_ppo, of_status, refusal
 from rlhf_lightning.rollout.experience import (
     AdvantageSettings,
     Baseline,
@@ -38,13 +38,15 @@ from rlhf_lightning.rollout.experience import (
 )
 from rlhf_lightning.rollout.generate import generate
 from rlhf_lightning.rollout.metrics import critic_metrics, rollout_metrics
-from rlhf_lightning.rollout.reward import ModelReward, Reward, load_reward
+from rlhf_lightning.rollout.reward import ModelReward, Reward, RewardSetting, load_reward
 from rlhf_lightning.rollout.score import response_logits, response_values, score_rollout
 from rlhf_lightning.rollout.shaping import MissingEOS, Normalization, RunningMoments, Shaping
-from rlhf_lightning.types import Experience, PromptBatch, RewardFunction, Rollout, ScoredRollout
+from rlhf_lightning.types import Experience, PromptBatch, Rollout, ScoredRollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 FROZEN = ("reference.", "reward.")
 """Networks that training never changes: they come from their folders and stay out of checkpoints."""
@@ -56,8 +58,6 @@ ALL_CUT_OFF = (
     "every response of the rollout was cut off at max_new_tokens={}: with missing_eos=replace all score alike and "
     "nothing is learned from the reward; raise max_new_tokens, or set missing_eos=subtract"
 )
-
-log = logging.getLogger(__name__)
 
 KLPenalty = Literal["reward", "loss_k1", "loss_k2"]
 
@@ -74,7 +74,7 @@ class PPOModule(LanguageModule):
         self,
         model: Model,
         *,
-        reward: "str | Path | NetworkConfig | nn.Module | RewardFunction",
+        reward: RewardSetting,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         reward_tokenizer: "PreTrainedTokenizerBase | None" = None,
         beta: float = 0.05,
@@ -115,6 +115,7 @@ class PPOModule(LanguageModule):
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int = 0,
+        preflight: bool = True,
     ) -> None:
         """Load the policy; the other roles are made in `setup`, when the tokenizer is known.
 
@@ -168,6 +169,7 @@ class PPOModule(LanguageModule):
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.seed = seed
+        self.preflight = preflight
         # What changes from rollout to rollout beside weights; `on_save_checkpoint` lists it.
         self.beta = beta
         self.updates = 0
@@ -228,6 +230,13 @@ class PPOModule(LanguageModule):
         if self.ptx_data is not None:
             self.ptx_batches = BatchStream(self.ptx_data, self.trainer)
             self.ptx_batches.drawn = self._ptx_drawn
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Look at the run before its first update; one that goes on from a checkpoint is past that."""
+        if self.preflight and self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
+            # A second `fit` of this module goes on from weights that were trained.
+            self.preflight = False
+            self._require_preflight(batch)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample a rollout, score it, estimate advantages, and update policy and critic."""
@@ -417,6 +426,17 @@ class PPOModule(LanguageModule):
         self.seen_scores = RunningMoments(**state["seen_scores"])
         self.seen_rewards = RunningMoments(**state["seen_rewards"])
 
+    def _require_preflight(self, batch: PromptBatch) -> None:
+        """Log what is doubtful; raises `InputError` on all processes where one of them finds an error."""
+        with self.trainer.precision_plugin.train_step_context():
+            findings = check_ppo(self, batch)
+        if self.trainer.is_global_zero:
+            for finding in of_status(findings, "warning"):
+                log.warning("preflight: %s", finding)
+        errors = torch.tensor(float(len(of_status(findings, "error"))), device=self.device)
+        if self.sum_over_ranks(errors):
+            raise refusal(findings, off="PPOModule(preflight=False), module.preflight=false, trains without this check")
+
     @property
     def _reward(self) -> Reward:
         assert self.reward is not None
@@ -432,8 +452,10 @@ class PPOModule(LanguageModule):
         return float(self._optimizer.param_groups[0]["lr"])
 
     def _new_critic(self, reward: Reward) -> Critic:
-        if isinstance(reward, ModelReward) and reward.shares_tokens:
-            return Critic.from_reward_model(reward.reward_model)
+        # Of a reward that is made of several: the first that can be one.
+        models = [part for part in reward.modules() if isinstance(part, ModelReward) and part.shares_tokens]
+        if models:
+            return Critic.from_reward_model(models[0].reward_model)
         return Critic.from_policy(self.policy, torch.Generator().manual_seed(self.seed))
 
     def check_minibatches(self, prompts: int) -> None:

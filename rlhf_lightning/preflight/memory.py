@@ -1,0 +1,96 @@
+"""How much memory a run will need, by role, against what there is: an estimate."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_lightning.preflight.findings import Finding
+
+GIB = 2**30
+ADAMW_STATES = 2
+ACTIVATION_BYTES = 34
+"""Of a token in a layer and a dimension at 16 bits, attention matrix left out (Korthikanti et al. 2023, eq. 1)."""
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """Bytes of one network."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    there: int
+    """Of the weights: on the device already."""
+
+
+def role_memory(network: nn.Module, device: torch.device) -> RoleMemory:
+    """Return what a network needs under AdamW; a frozen weight has neither gradient nor state."""
+    sizes = [(p, p.numel() * p.element_size()) for p in network.parameters()]
+    trained = sum(size for p, size in sizes if p.requires_grad)
+    there = sum(size for p, size in sizes if p.device == device)
+    return RoleMemory(sum(size for _, size in sizes), trained, ADAMW_STATES * trained, there)
+
+
+def update_bytes(network: nn.Module, *, sequences: int, length: int, logits: int, networks: int = 1) -> int:
+    """Return roughly what the forward and backward of a micro-batch holds; ``logits`` positions of each row have some.
+
+    ``networks`` bodies of equal size are in one backward.
+    """
+    config: Any = network.config
+    text, bytes_each = config.get_text_config(), next(network.parameters()).element_size()
+    per_token = ACTIVATION_BYTES * bytes_each // 2 * text.hidden_size * text.num_hidden_layers
+    # The logits, and in float32 their scaled copy, its softmax and the gradient.
+    per_logit = bytes_each + 3 * 4
+    return sequences * (networks * length * per_token + logits * text.vocab_size * per_logit)
+
+
+def cache_bytes(network: nn.Module, *, sequences: int, length: int) -> int:
+    """Return the keys and values of a rollout while it is sampled."""
+    config: Any = network.config
+    text = config.get_text_config()
+    # Networks with shared keys, or heads of another size, say so; the others have no such attribute.
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * sequences * length * text.num_hidden_layers * heads * width * next(network.parameters()).element_size()
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the memory that can still be had on a device, None where that cannot be asked."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    line = next(line for line in meminfo.read_text("ascii").splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
+
+
+def check_memory(roles: Mapping[str, RoleMemory], work: Mapping[str, int], *, free: int | None) -> Finding:
+    """Compare what is still needed with what is free.
+
+    ``work`` holds what the phases need beside the networks; they follow each other, so the largest counts. Networks
+    that do not fit are an error; work, which is known roughly, is a warning.
+    """
+    name = "memory"
+    lasting = sum(role.weights - role.there + role.gradients + role.optimizer for role in roles.values())
+    phase, most = max(work.items(), key=lambda item: item[1])
+    parts = [f"{role} {_size(need.weights + need.gradients + need.optimizer)}" for role, need in roles.items()]
+    measured = f"estimate: {', '.join(parts)}; {phase} about {_size(most)}; still needed {_size(lasting + most)}"
+    if free is None:
+        return Finding(name, "note", f"{measured}; how much is free is not known on this device")
+    measured = f"{measured}, free {_size(free)}"
+    if lasting + most <= free:
+        return Finding(name, "ok", measured)
+    smaller = "a smaller network, network.dtype=bfloat16, or a larger device"
+    if lasting > free:
+        return Finding(name, "error", f"{measured}: weights, gradients and optimizer do not fit", smaller)
+    return Finding(name, "warning", f"{measured}: {phase} may not fit", f"smaller batches of {phase}; {smaller}")
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.2f} MiB"

@@ -1,0 +1,72 @@
+"""A few short responses, sampled as a rollout is, with the log-probabilities that the sampler itself saw."""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.functional.logprobs import gather_logprobs
+from rlhf_lightning.rollout.generate import generate
+from rlhf_lightning.types import PromptBatch, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS = 8
+TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A small rollout, and what sampling it was like."""
+
+    rollout: Rollout
+    sampler_logprobs: Tensor
+    """(B, R) log-probabilities of the response tokens, from step-by-step decoding with the cache; 0 after the end."""
+    seconds: float
+
+
+def sample_probe(
+    policy: nn.Module,
+    batch: PromptBatch,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    stop_tokens: list[int],
+) -> Probe:
+    """Sample at most `TOKENS` tokens after `ROWS` prompts from all over the batch, with noise of its own."""
+    rows = torch.linspace(0, len(batch) - 1, min(ROWS, len(batch))).long()
+    steps: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        steps.append(output.logits[:, -1])
+
+    hook = policy.register_forward_hook(keep)
+    start = time.perf_counter()
+    try:
+        rollout = generate(
+            policy,
+            batch.rows(rows),
+            tokenizer,
+            max_new_tokens=min(TOKENS, max_new_tokens),
+            temperature=temperature,
+            stop_tokens=stop_tokens,
+            generator=torch.Generator(device=batch.prompt_tokens.device).manual_seed(0),
+        )
+    finally:
+        hook.remove()
+    seconds = time.perf_counter() - start
+    return Probe(rollout, _sampler_logprobs(rollout, steps, temperature), seconds)
+
+
+def _sampler_logprobs(rollout: Rollout, steps: list[Tensor], temperature: float) -> Tensor:
+    logprobs = torch.zeros(rollout.response_mask.shape, device=rollout.tokens.device)
+    for t, logits in enumerate(steps):
+        # The sampler runs on the rows that have not ended: those that still have a response token here.
+        rows = rollout.response_mask[:, t]
+        tokens = rollout.response_tokens[rows, t : t + 1]
+        logprobs[rows, t] = gather_logprobs(logits.unsqueeze(1), tokens, temperature=temperature).squeeze(1)
+    return logprobs

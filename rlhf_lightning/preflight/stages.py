@@ -1,0 +1,297 @@
+"""Which checks a stage takes, and what they are given."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.networks import max_positions
+from rlhf_lightning.preflight.findings import Finding, untouched
+from rlhf_lightning.preflight.memory import (
+    cache_bytes,
+    check_memory,
+    free_bytes,
+    role_memory,
+    update_bytes,
+)
+from rlhf_lightning.preflight.policy import (
+    check_decoding,
+    check_first_ratio,
+    check_kl,
+    check_left_padding,
+)
+from rlhf_lightning.preflight.probe import sample_probe
+from rlhf_lightning.preflight.reward import check_cost, check_last_token, check_spread
+from rlhf_lightning.preflight.sizes import PPOSizes
+from rlhf_lightning.preflight.text import check_chat_template, check_end_token, check_pad_token, check_round_trip
+from rlhf_lightning.rollout.reward import ModelReward, Reward
+from rlhf_lightning.types import (
+    ComparisonBatch,
+    Experience,
+    Message,
+    PromptBatch,
+    Rollout,
+    ScoredRollout,
+    SFTBatch,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Run(Protocol):
+    """A LightningModule around one trained network."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that is trained."""
+
+    @property
+    def required_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Its tokenizer."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that it can read."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All submodules."""
+
+
+class SFTRun(Run, Protocol):
+    """Fine-tuning."""
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """The ids that end a response."""
+
+
+class RewardRun(Run, Protocol):
+    """Training of a reward model."""
+
+    def __call__(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the scores (B,) of sequences padded on the right."""
+
+
+class PPORun(SFTRun, Protocol):
+    """PPO: its networks, its settings, and the two steps of it that read the policy."""
+
+    @property
+    def policy(self) -> nn.Module:
+        """The policy."""
+
+    @property
+    def reference(self) -> nn.Module:
+        """The frozen reference."""
+
+    @property
+    def critic(self) -> nn.Module | None:
+        """The critic, None where there is none."""
+
+    @property
+    def reward(self) -> Reward | None:
+        """The reward."""
+
+    samples_per_prompt: int
+    minibatch_size: int
+    micro_batch_size: int
+    ppo_epochs: int
+    max_new_tokens: int
+    temperature: float
+
+    def score(self, rollout: Rollout) -> ScoredRollout:
+        """Score a rollout."""
+
+    def losses(self, experience: Experience) -> dict[str, Tensor]:
+        """Return what an update computes, among it the ratio (B, R)."""
+
+
+def check_ppo(run: PPORun, batch: PromptBatch) -> list[Finding]:
+    """Return what there is to say of PPO on a batch of its prompts, before the first update; changes nothing."""
+    with untouched(run.modules(), batch.prompt_tokens.device):
+        return [
+            *_check_tokenizer(run.required_tokenizer, batch.texts, _first_conversation(batch), found_by_id=False),
+            *_check_networks(run, batch),
+            check_ppo_memory(run, batch),
+        ]
+
+
+def check_sft(
+    run: SFTRun, batch: SFTBatch, ends: SFTBatch, conversation: Sequence[Message] | None = None
+) -> list[Finding]:
+    """Return what there is to say of fine-tuning on a batch.
+
+    ``ends`` are rows that reach the end of their text, as a block from its middle does not; ``conversation`` is one of
+    the data's, if it has any.
+    """
+    with untouched(run.modules(), batch.tokens.device):
+        return [
+            *_check_tokenizer(run.required_tokenizer, _texts(run, batch), conversation, found_by_id=False),
+            check_end_token(ends.tokens, ends.attention_mask, ends.loss_mask, stop_tokens=run.stop_token_ids),
+            check_supervised_memory(run, batch),
+        ]
+
+
+def check_reward(
+    run: RewardRun, batch: ComparisonBatch, conversation: Sequence[Message] | None = None
+) -> list[Finding]:
+    """Return what there is to say of a reward model's training on a batch."""
+    tokenizer = run.required_tokenizer
+    eos: Any = tokenizer.eos_token_id
+    texts = _texts(run, batch)
+    with untouched(run.modules(), batch.tokens.device):
+        scores = run(batch.tokens, batch.attention_mask)
+        return [
+            *_check_tokenizer(tokenizer, texts, conversation, found_by_id=True),
+            check_end_token(batch.tokens, batch.attention_mask, batch.response_mask, stop_tokens=[eos]),
+            check_last_token(
+                run.network,
+                run,
+                batch.tokens,
+                batch.attention_mask,
+                pad=_pad(tokenizer),
+                max_positions=run.max_positions,
+            ),
+            check_spread(scores, texts, model=True),
+            check_supervised_memory(run, batch),
+        ]
+
+
+def ppo_sizes(run: PPORun, prompts: int, *, rollouts: float, processes: int) -> PPOSizes:
+    """Return the sizes of a run whose batches have so many prompts."""
+    return PPOSizes(
+        prompts=prompts,
+        samples_per_prompt=run.samples_per_prompt,
+        minibatch_size=run.minibatch_size,
+        micro_batch_size=run.micro_batch_size,
+        ppo_epochs=run.ppo_epochs,
+        rollouts=rollouts,
+        processes=processes,
+    )
+
+
+def check_ppo_memory(run: PPORun, batch: PromptBatch) -> Finding:
+    """Compare what policy, critic, reference and reward need with what is free on the batch's device."""
+    device = batch.prompt_tokens.device
+    networks = {"policy": run.policy, "critic": run.critic, "reference": run.reference, "reward": run.reward}
+    sizes = ppo_sizes(run, len(batch), rollouts=1, processes=1)
+    length = batch.prompt_tokens.shape[1] + run.max_new_tokens
+    work = {
+        "sampling": cache_bytes(run.policy, sequences=sizes.sequences, length=length),
+        "updating": update_bytes(
+            run.policy,
+            sequences=min(run.micro_batch_size, run.minibatch_size),
+            length=length,
+            logits=run.max_new_tokens + 1,
+            networks=1 if run.critic is None else 2,
+        ),
+    }
+    roles = {role: role_memory(network, device) for role, network in networks.items() if network is not None}
+    return check_memory(roles, work, free=free_bytes(device))
+
+
+def check_supervised_memory(run: Run, batch: SFTBatch | ComparisonBatch) -> Finding:
+    """Compare what the network needs with what is free on the batch's device."""
+    device, length = batch.tokens.device, batch.tokens.shape[1]
+    logits = length if isinstance(batch, SFTBatch) else 0
+    work = {"updating": update_bytes(run.network, sequences=len(batch), length=length, logits=logits)}
+    return check_memory({"network": role_memory(run.network, device)}, work, free=free_bytes(device))
+
+
+def _check_networks(run: PPORun, batch: PromptBatch) -> Iterator[Finding]:
+    assert run.reward is not None
+    settings: Any = {"temperature": run.temperature, "micro_batch_size": run.micro_batch_size}
+    probe = sample_probe(
+        run.policy,
+        batch,
+        run.required_tokenizer,
+        max_new_tokens=run.max_new_tokens,
+        temperature=run.temperature,
+        stop_tokens=run.stop_token_ids,
+    )
+    with _timed(run.reward) as seconds:
+        scored = run.score(probe.rollout)
+    yield check_kl(run.policy, run.reference, scored, **settings)
+    yield check_first_ratio(run.policy, scored, run.losses, **settings)
+    yield check_left_padding(run.policy, run.critic, scored, max_positions=run.max_positions, **settings)
+    yield check_decoding(run.policy, probe, scored, **settings)
+    if isinstance(run.reward, ModelReward):
+        yield _check_reward_model(run.reward, probe.rollout)
+    yield check_spread(scored.scores, scored.responses, model=isinstance(run.reward, ModelReward))
+    sequences = ppo_sizes(run, len(batch), rollouts=1, processes=1).sequences
+    share = run.max_new_tokens / probe.rollout.response_mask.shape[1] * sequences / len(probe.rollout)
+    yield check_cost(
+        seconds=sum(seconds),
+        responses=len(scored),
+        rollout_size=sequences,
+        sampling_seconds=probe.seconds * share,
+    )
+
+
+def _check_reward_model(reward: ModelReward, rollout: Rollout) -> Finding:
+    # On tokens of its own, so that each of them is under control.
+    own = ModelReward(reward.reward_model, reward.tokenizer, reward.tokenizer, micro_batch_size=reward.micro_batch_size)
+
+    def score(tokens: Tensor, mask: Tensor) -> Tensor:
+        return own(replace(rollout, tokens=tokens, attention_mask=mask))
+
+    whole = [text + response for text, response in zip(rollout.texts, rollout.responses, strict=True)]
+    ids: Any = reward.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+    lengths = torch.tensor([len(row) for row in ids])
+    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+    tokens = torch.zeros(mask.shape, dtype=torch.long)
+    tokens[mask] = torch.tensor([i for row in ids for i in row])
+    device = rollout.tokens.device
+    return check_last_token(
+        reward.reward_model,
+        score,
+        tokens.to(device),
+        mask.to(device),
+        pad=_pad(reward.tokenizer),
+        max_positions=max_positions(reward.reward_model),
+    )
+
+
+def _check_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    conversation: Sequence[Message] | None,
+    *,
+    found_by_id: bool,
+) -> Iterator[Finding]:
+    yield check_pad_token(tokenizer, found_by_id=found_by_id)
+    yield check_chat_template(tokenizer, conversation)
+    yield check_round_trip(tokenizer, texts)
+
+
+@contextmanager
+def _timed(reward: Reward) -> Iterator[list[float]]:
+    """Yield a list that takes the seconds of each call of the reward."""
+    starts, seconds = list[float](), list[float]()
+    hooks = [
+        reward.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())),
+        reward.register_forward_hook(lambda *_: seconds.append(time.perf_counter() - starts[-1])),
+    ]
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _first_conversation(batch: PromptBatch) -> Sequence[Message] | None:
+    return next((prompt for prompt in batch.prompts if not isinstance(prompt, str)), None)
+
+
+def _texts(run: Run, batch: SFTBatch | ComparisonBatch) -> list[str]:
+    rows = [row[keep].tolist() for row, keep in zip(batch.tokens.cpu(), batch.attention_mask.cpu(), strict=True)]
+    return [str(run.required_tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+
+
+def _pad(tokenizer: "PreTrainedTokenizerBase") -> int:
+    pad: Any = tokenizer.pad_token_id
+    return 0 if pad is None else int(pad)

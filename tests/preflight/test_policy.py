@@ -1,0 +1,266 @@
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+from rlhf_lightning.functional.logprobs import gather_logprobs
+from rlhf_lightning.modules import PPOModule
+from rlhf_lightning.preflight import Finding, check_ppo
+from rlhf_lightning.preflight.policy import SAME_CALL, check_left_padding, precision
+from rlhf_lightning.preflight.probe import sample_probe
+from rlhf_lightning.rollout.score import response_logits
+from rlhf_lightning.types import Experience, PromptBatch, Rollout, ScoredRollout
+
+Faults = Callable[[list[Finding]], dict[str, Finding]]
+Make = Callable[..., PPOModule]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_healthy_run_has_no_fault(
+    kind: str, temperature: float, make: Make, prompts: PromptBatch, faults: Faults, request: pytest.FixtureRequest
+) -> None:
+    findings = check_ppo(make(request.getfixturevalue(kind)(), temperature=temperature), prompts)
+    assert faults(findings) == {}
+    statuses = {finding.name: finding.status for finding in findings}
+    for name in ("KL to the reference", "first ratio", "left padding", "sampler and trainer"):
+        assert statuses[name] == "ok"
+
+
+# Dropout ---------------------------------------------------------------------
+
+
+def test_dropout_of_a_policy_in_training_mode_is_named(
+    make: Make, gpt2: Callable[..., Any], prompts: PromptBatch, faults: Faults
+) -> None:
+    module = make(gpt2(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1))
+    assert faults(check_ppo(module, prompts)) == {}
+    module.policy.train()
+    found = faults(check_ppo(module, prompts))
+    for name in ("KL to the reference", "first ratio"):
+        assert found[name].status == "error"
+        assert "dropout left on: the whole network is in training mode" in found[name].measured
+        assert ".eval()" in found[name].remedy
+
+
+class NeverEval(LlamaForCausalLM):
+    """Drops out of its logits, whatever mode it is in."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = torch.nn.functional.dropout(output.logits, 0.1, training=True)
+        return output
+
+
+def test_dropout_that_ignores_the_mode_is_named(
+    make: Make, llama: Callable[..., Any], prompts: PromptBatch, faults: Faults
+) -> None:
+    found = faults(check_ppo(make(llama(NeverEval)), prompts))
+    assert {"KL to the reference", "first ratio", "left padding", "sampler and trainer"} <= set(found)
+    assert all("dropout" in found[name].measured for name in ("KL to the reference", "first ratio"))
+
+
+# Reference -------------------------------------------------------------------
+
+
+def test_a_reference_that_differs_is_named_with_its_first_weight(
+    make: Make, prompts: PromptBatch, faults: Faults
+) -> None:
+    module = make()
+    with torch.no_grad():
+        module.reference.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] += 0.1
+    found = faults(check_ppo(module, prompts))
+    assert set(found) == {"KL to the reference"}
+    assert "1 weights differ" in found["KL to the reference"].measured
+    assert "model.layers.1.mlp.up_proj.weight" in found["KL to the reference"].measured
+
+
+def test_a_reference_that_reads_otherwise_with_equal_weights_is_named(
+    make: Make, prompts: PromptBatch, faults: Faults
+) -> None:
+    """As with an adapter that is off, or a config that differs: here the scale of the rotary positions."""
+    module = make()
+    rotary: Any = module.reference.get_submodule("model.rotary_emb")
+    rotary.inv_freq = rotary.inv_freq * 1.5
+    found = faults(check_ppo(module, prompts))
+    assert set(found) == {"KL to the reference"}
+    assert "weights are equal" in found["KL to the reference"].measured
+    assert "adapters" in found["KL to the reference"].remedy
+
+
+# Temperature -----------------------------------------------------------------
+
+
+def logprobs_of(network: Any, rollout: Rollout, temperature: float) -> Tensor:
+    logits = response_logits(network, rollout.tokens, rollout.attention_mask, length=rollout.response_mask.shape[1])
+    logprobs = gather_logprobs(logits, rollout.response_tokens, temperature=temperature)
+    return logprobs.masked_fill(~rollout.response_mask, 0.0)
+
+
+def scored_at(module: PPOModule, rollout: Rollout, policy: float, reference: float) -> ScoredRollout:
+    scores = {"values": torch.zeros(rollout.response_mask.shape), "scores": torch.arange(len(rollout)).float()}
+    return ScoredRollout(
+        **vars(rollout),
+        logprobs=logprobs_of(module.policy, rollout, policy),
+        ref_logprobs=logprobs_of(module.reference, rollout, reference),
+        **scores,
+    )
+
+
+class ScoresCold(PPOModule):
+    def score(self, rollout: Rollout) -> ScoredRollout:
+        return scored_at(self, rollout, 1.0, 1.0)
+
+
+class ReadsTheReferenceCold(PPOModule):
+    def score(self, rollout: Rollout) -> ScoredRollout:
+        return scored_at(self, rollout, self.temperature, 1.0)
+
+
+class UpdatesCold(PPOModule):
+    def losses(self, experience: Experience) -> dict[str, Tensor]:
+        kept, self.temperature = self.temperature, 1.0
+        try:
+            return super().losses(experience)
+        finally:
+            self.temperature = kept
+
+
+@pytest.mark.parametrize(
+    ("module_class", "names", "says"),
+    [
+        (ScoresCold, {"first ratio", "sampler and trainer"}, "scoring reads the policy at another temperature"),
+        (UpdatesCold, {"first ratio"}, "the updates seem to read the policy at another temperature"),
+        (ReadsTheReferenceCold, {"KL to the reference"}, "the reference is read at temperature 1"),
+    ],
+)
+def test_a_temperature_that_is_missing_in_one_place_is_named_with_the_place(
+    module_class: type[PPOModule], names: set[str], says: str, make: Make, prompts: PromptBatch, faults: Faults
+) -> None:
+    assert faults(check_ppo(make(None, module_class), prompts)) == {}
+    found = faults(check_ppo(make(None, module_class, temperature=0.7), prompts))
+    assert set(found) == names
+    assert any(says in finding.measured for finding in found.values())
+
+
+class ShiftsTheUpdates(PPOModule):
+    """Its updates take the logits at t for the token at t."""
+
+    def losses(self, experience: Experience) -> dict[str, Tensor]:
+        losses = super().losses(experience)
+        return losses | {"ratio": losses["ratio"].roll(1, dims=1) * 1.01}
+
+
+def test_updates_that_read_the_policy_otherwise_are_named(make: Make, prompts: PromptBatch, faults: Faults) -> None:
+    found = faults(check_ppo(make(None, ShiftsTheUpdates), prompts))
+    assert set(found) == {"first ratio"}
+    assert "shift by one token" in found["first ratio"].remedy
+
+
+# Padding ---------------------------------------------------------------------
+
+
+class IgnoresPositions(GPT2LMHeadModel):
+    def forward(self, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class IgnoresTheMask(LlamaForCausalLM):
+    def forward(self, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return super().forward(*args, attention_mask=torch.ones_like(attention_mask), **kwargs)
+
+
+@pytest.mark.parametrize(("kind", "model_class"), [("gpt2", IgnoresPositions), ("llama", IgnoresTheMask)])
+def test_a_policy_that_pad_columns_move_is_named(
+    kind: str, model_class: Any, make: Make, prompts: PromptBatch, faults: Faults, request: pytest.FixtureRequest
+) -> None:
+    found = faults(check_ppo(make(request.getfixturevalue(kind)(model_class)), prompts))
+    assert found["left padding"].status == "error"
+    assert "position_ids" in found["left padding"].remedy
+
+
+def without_mask(forward: Callable[..., Any], *, attention_mask: Tensor, **kwargs: Any) -> Any:
+    return forward(attention_mask=torch.ones_like(attention_mask), **kwargs)
+
+
+def test_a_critic_that_pad_columns_move_is_named(make: Make, prompts: PromptBatch, faults: Faults) -> None:
+    module = make()
+    assert module.critic is not None
+    module.critic.backbone.forward = partial(without_mask, module.critic.backbone.forward)
+    found = faults(check_ppo(module, prompts))
+    assert set(found) == {"left padding"}
+
+
+def test_without_a_position_to_spare_padding_is_not_measured(
+    make: Make, gpt2: Callable[..., Any], prompts: PromptBatch
+) -> None:
+    width = prompts.prompt_tokens.shape[1] + 6
+    findings = {f.name: f for f in check_ppo(make(gpt2(n_positions=width)), prompts)}
+    assert findings["left padding"].status == "note"
+    assert findings["KL to the reference"].status == "ok"
+
+
+def test_what_coarse_arithmetic_moves_is_a_warning(
+    make: Make, llama: Callable[..., Any], prompts: PromptBatch, tokenizer: Any
+) -> None:
+    class Coarse(LlamaForCausalLM):
+        """Its logits depend a little on the width of the batch, as with sums in another order."""
+
+        def forward(self, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+            output = super().forward(*args, attention_mask=attention_mask, **kwargs)
+            output.logits = output.logits * (1 + 1e-5 * attention_mask.shape[1])
+            return output
+
+    policy = llama(Coarse)
+    settings: Any = {"max_new_tokens": 6, "temperature": 1.0, "stop_tokens": [1]}
+    probe = sample_probe(policy, prompts, tokenizer, **settings)
+    with torch.no_grad():
+        finding = check_left_padding(
+            policy, None, probe.rollout, temperature=1.0, micro_batch_size=2, max_positions=None
+        )
+    assert finding.status == "warning"
+
+
+# Decoding --------------------------------------------------------------------
+
+
+class OtherSteps(LlamaForCausalLM):
+    """A step with the cache computes something else than the whole sequence."""
+
+    def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        later = past_key_values is not None and past_key_values.get_seq_length() > 0
+        output = super().forward(*args, past_key_values=past_key_values, **kwargs)
+        if later:
+            output.logits = output.logits * 1.05
+        return output
+
+
+def test_a_sampler_that_disagrees_with_the_trainer_is_named(
+    make: Make, llama: Callable[..., Any], prompts: PromptBatch, faults: Faults
+) -> None:
+    found = faults(check_ppo(make(llama(OtherSteps)), prompts))
+    assert set(found) == {"sampler and trainer"}
+    assert found["sampler and trainer"].status == "error"
+    assert "cache" in found["sampler and trainer"].remedy
+
+
+# Precision -------------------------------------------------------------------
+
+
+def test_a_policy_in_bfloat16_is_allowed_its_rounding(
+    make: Make, llama: Callable[..., Any], prompts: PromptBatch, faults: Faults
+) -> None:
+    policy = llama(initializer_range=0.1).bfloat16()
+    assert precision(policy) == torch.bfloat16
+    assert SAME_CALL[torch.bfloat16] > SAME_CALL[torch.float32]
+    assert faults(check_ppo(make(policy), prompts)) == {}
+
+
+def test_autocast_counts_as_the_precision(llama: Callable[..., Any]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert precision(llama()) == torch.bfloat16
+    assert precision(llama()) == torch.float32

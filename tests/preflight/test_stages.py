@@ -1,0 +1,203 @@
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.modules import PPOModule, SFTModule
+from rlhf_lightning.preflight import Finding, check_ppo, check_sft
+from rlhf_lightning.preflight.stages import ppo_sizes
+from rlhf_lightning.types import PromptBatch, SFTBatch
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
+]
+
+Faults = Callable[[list[Finding]], dict[str, Finding]]
+Make = Callable[..., PPOModule]
+
+
+def loader(batches: list[PromptBatch]) -> DataLoader[Any]:
+    return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
+
+
+def fit(module: PPOModule, batch: PromptBatch, folder: Path, *, ckpt_path: Any = None, **settings: Any) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        **{
+            **quiet,
+            "accelerator": "cpu",
+            "devices": 1,
+            "enable_model_summary": False,
+            "default_root_dir": folder,
+            "max_epochs": 2,
+            **settings,
+        }
+    )
+    trainer.fit(module, loader([batch]), ckpt_path=ckpt_path)
+    return trainer
+
+
+def weights(module: PPOModule) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def random_reward(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+    """A reward that draws from every source of randomness that there is."""
+    return [random.random() + np.random.rand() + float(torch.rand(())) for _ in responses]
+
+
+def break_the_reference(module: PPOModule) -> None:
+    with torch.no_grad():
+        next(module.reference.parameters()).add_(0.1)
+
+
+# Before the first update -----------------------------------------------------
+
+
+def test_training_with_preflight_is_training_without_it_bit_for_bit(
+    make: Make, prompts: PromptBatch, tmp_path: Path
+) -> None:
+    results = []
+    for preflight in (True, False):
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)
+        module = make(reward=random_reward, preflight=preflight)
+        before = weights(module)
+        fit(module, prompts, tmp_path)
+        results.append(weights(module))
+        assert any(not torch.equal(before[name], results[-1][name]) for name in before)
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_a_look_changes_neither_weights_nor_modes(make: Make, prompts: PromptBatch) -> None:
+    module = make()
+    module.policy.get_submodule("model.layers.0").train()
+    before, modes = weights(module), [part.training for part in module.modules()]
+    check_ppo(module, prompts)
+    assert [part.training for part in module.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in weights(module).items())
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_an_error_stops_the_run_before_its_first_update_and_says_how_to_go_on(
+    make: Make, prompts: PromptBatch, tmp_path: Path
+) -> None:
+    module = make()
+    break_the_reference(module)
+    before = weights(module)
+    with pytest.raises(InputError, match=r"KL to the reference: .*weights differ.* -> .*") as caught:
+        fit(module, prompts, tmp_path)
+    assert "module.preflight=false" in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in weights(module).items())
+
+
+def test_it_can_be_turned_off(make: Make, prompts: PromptBatch, tmp_path: Path) -> None:
+    module = make(preflight=False)
+    break_the_reference(module)
+    assert fit(module, prompts, tmp_path).global_step == 2
+
+
+def test_a_warning_is_logged_and_training_goes_on(
+    make: Make, prompts: PromptBatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = make(reward=lambda prompts, responses, **columns: [1.0] * len(responses))
+    with caplog.at_level(logging.WARNING, logger="rlhf_lightning"):
+        assert fit(module, prompts, tmp_path).global_step == 2
+    assert [r.getMessage() for r in caplog.records if "spread of scores" in r.getMessage()]
+
+
+def test_a_healthy_run_logs_nothing(
+    make: Make, prompts: PromptBatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="rlhf_lightning"):
+        fit(make(), prompts, tmp_path)
+    assert caplog.records == []
+
+
+def test_what_goes_on_from_a_checkpoint_is_not_looked_at_again(
+    make: Make, prompts: PromptBatch, tmp_path: Path
+) -> None:
+    trained = make()
+    trainer = fit(trained, prompts, tmp_path, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    # The KL to the reference of a trained policy is not 0.
+    assert "KL to the reference" in {f.name for f in check_ppo(trained, prompts) if f.status == "error"}
+    resumed = fit(make(), prompts, tmp_path, ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.global_step == 2
+    assert fit(trained, prompts, tmp_path).global_step == 2
+
+
+def test_it_looks_in_the_precision_of_the_run(make: Make, prompts: PromptBatch, tmp_path: Path) -> None:
+    seen = []
+
+    class Watching(PPOModule):
+        def score(self, rollout: Any) -> Any:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().score(rollout)
+
+    fit(make(None, Watching), prompts, tmp_path, precision="bf16-mixed", max_epochs=1)
+    assert seen == [True, True]
+
+
+def test_a_look_takes_seconds(make: Make, prompts: PromptBatch) -> None:
+    module = make()
+    start = time.perf_counter()
+    check_ppo(module, prompts)
+    assert time.perf_counter() - start < 3
+
+
+# What the stages are given ----------------------------------------------------
+
+
+def test_prompts_that_are_conversations_need_a_template_that_fits(
+    make: Make, prompts: PromptBatch, tokenizer: Any, faults: Faults
+) -> None:
+    turns: Any = [[{"role": "user", "content": text}] for text in prompts.texts]
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    assert faults(check_ppo(make(), prompts))["chat template"].status == "warning"
+    assert faults(check_ppo(make(), replace(prompts, prompts=turns)))["chat template"].status == "error"
+
+
+def test_a_pad_token_that_is_the_end_token_is_a_warning_in_ppo(
+    make: Make, prompts: PromptBatch, make_tokenizer: Callable[..., Any], faults: Faults
+) -> None:
+    found = faults(check_ppo(make(tokenizer=make_tokenizer(pad_token="<eos>")), prompts))
+    assert {name: finding.status for name, finding in found.items()} == {"pad token": "warning"}
+
+
+def test_samples_per_prompt_count_where_a_module_has_them(make: Make) -> None:
+    class Several(PPOModule):
+        samples_per_prompt = 4
+
+    assert ppo_sizes(make(), 6, rollouts=1, processes=1).sequences == 6
+    assert ppo_sizes(make(None, Several), 6, rollouts=1, processes=1).sequences == 24
+
+
+def test_demonstrations_without_a_learnt_end_are_named_before_fine_tuning(
+    llama: Callable[..., Any], tokenizer: Any, faults: Faults
+) -> None:
+    module = SFTModule(llama(), tokenizer=tokenizer)
+    tokens = torch.tensor([[50, 51, 52, 1], [50, 53, 1, 0]])
+    mask = tokens != 0
+    right = SFTBatch(tokens, mask, mask & (torch.arange(4) > 0))
+    wrong = SFTBatch(tokens, mask, right.loss_mask & (tokens != 1))
+    assert faults(check_sft(module, right, right)) == {}
+    assert set(faults(check_sft(module, right, wrong))) == {"end token"}
+    assert module.policy.training
