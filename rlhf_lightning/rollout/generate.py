@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.masking import position_ids, through_first
+from rlhf_lightning.rollout.cache import make_room
 from rlhf_lightning.types import PromptBatch, Rollout
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 BLOCK = 64
 """Neighbouring tokens of the vocabulary that are drawn from together."""
+STILL_FULL = 0.75
+"""Share of rows still running below which the others are dropped: copying the cache costs about as much as a step."""
 
 
 def generate(
@@ -68,11 +71,12 @@ def sample_tokens(
 ) -> Int[Tensor, "B R"]:
     """Sample until every row has a stop token or ``max_new_tokens`` are reached, so R may be smaller than that.
 
-    The network runs on the rows that have not ended yet; what follows a stop token is that token again.
-    Temperature 0 takes the most likely token.
+    Rows that have ended are dropped once they are a quarter of those that the network still runs on; what follows a
+    stop token is that token again. Temperature 0 takes the most likely token.
     """
     network: Any = policy
     rows = torch.arange(len(prompt_tokens), device=prompt_tokens.device)
+    running = torch.ones_like(rows, dtype=torch.bool)
     response = prompt_tokens.new_zeros(len(rows), max_new_tokens)
     inputs, mask, cache = prompt_tokens, prompt_mask, None
     positions = position_ids(prompt_mask)
@@ -85,15 +89,19 @@ def sample_tokens(
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = output.past_key_values
+        if cache is None:
+            cache = output.past_key_values
+            make_room(cache, max_new_tokens - 1)
         tokens = draw(output.logits[:, -1], temperature=temperature, generator=generator)
-        response[rows, t:] = tokens.unsqueeze(1)
-        running = ~torch.isin(tokens, stop_tokens)
-        if not running.any():
+        response[rows[running], t:] = tokens[running].unsqueeze(1)
+        running = running & ~torch.isin(tokens, stop_tokens)
+        left = int(running.sum())
+        if left == 0:
             return response[:, : t + 1]
-        if not running.all():
-            rows, tokens, mask, positions = rows[running], tokens[running], mask[running], positions[running]
+        if left <= STILL_FULL * len(rows):
             cache.batch_select_indices(running.nonzero().squeeze(1))
+            rows, tokens, mask, positions = rows[running], tokens[running], mask[running], positions[running]
+            running = running[running]
         inputs = tokens.unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1

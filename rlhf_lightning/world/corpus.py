@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rlhf_lightning.world.instructions import AUDIENCES, Instruction
 from rlhf_lightning.world.topics import TOPICS, Register, Topic, other
 
-LISTS = 0.5
+LISTS = 0.4
 """Share of the raw texts that are lists of instructions; the others are articles."""
 SAME_TOPIC = 0.5
 """Share of these lists that stay with one topic."""
@@ -20,13 +20,13 @@ TITLES = ("{topic} for {audience}", "{topic}, told to {audience}")
 class Flaws:
     """How probable it is that a person who answers makes each mistake; several can meet in one demonstration."""
 
-    too_long: float = 0.60
-    """Two or three sentences more than asked for; where nothing is left to tell, they drift to another topic."""
+    too_long: float = 0.55
+    """One or two sentences more than asked for; where nothing is left to tell, they drift to another topic."""
     too_short: float = 0.05
     """One sentence less, where more than one was asked for; never together with too many."""
-    off_register: float = 0.40
+    off_register: float = 0.50
     """All of it in the register of another audience."""
-    off_topic: float = 0.40
+    off_topic: float = 0.15
     """A fact of another topic in place of one."""
 
 
@@ -93,7 +93,7 @@ def _length(instruction: Instruction, flaws: Flaws, generator: random.Random) ->
     least, most = instruction.sentences[0], instruction.sentences[-1]
     drawn = generator.random()
     if drawn < flaws.too_long:
-        return most + generator.randint(2, 3)
+        return most + generator.randint(1, 2)
     if least > 1 and drawn < flaws.too_long + flaws.too_short:
         return least - 1
     return generator.randint(least, most)

@@ -6,26 +6,29 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from types import MappingProxyType
 from typing import Any
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.world.instructions import parse
-from rlhf_lightning.world.topics import facts
+from rlhf_lightning.world.topics import Register, facts
 
 Row = Mapping[str, Any]
 
 NO_ANSWER = 3.0
 """What it costs to tell nothing of the topic, beside each sentence."""
 HALF_RIGHT = 0.5
-"""What a fact costs that is told in the other register, or beyond what was asked, and each sentence left out.
+"""What a fact costs beyond what was asked, and each sentence left out.
 
 A sentence that is false, of another topic or told before costs 1, as a missing end does.
 """
+OFF_REGISTER: Mapping[Register, float] = MappingProxyType({"simple": 0.5, "technical": 0.25})
+"""What a fact costs that is told in the other register, by the one that is wanted: experts understand simple words."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge found in a response; all but ``ended`` and ``score`` count sentences."""
+    """What the judge found in a response; all but ``register``, ``ended`` and ``score`` count sentences."""
 
     least: int
     """Sentences that the instruction asks for at the least."""
@@ -41,6 +44,8 @@ class Verdict:
     """The facts that these tell; one fact in both registers is one fact."""
     in_register: int
     """How many of these facts are told in the register of the audience."""
+    register: Register
+    """The register of the audience."""
     missing: int
     """Sentences fewer than those asked for."""
     surplus: int
@@ -52,9 +57,10 @@ class Verdict:
     def score(self) -> float:
         """What the response is worth: 0 where it is flawless, less what its faults cost."""
         wrong = self.sentences - self.distinct + (not self.ended)
-        half_right = (self.distinct - self.in_register) + self.missing + self.surplus
+        half_right = HALF_RIGHT * (self.missing + self.surplus)
+        off_register = OFF_REGISTER[self.register] * (self.distinct - self.in_register)
         # Subtracted: the negative of nothing would be written as -0.00.
-        return 0.0 - (wrong + HALF_RIGHT * half_right + NO_ANSWER * (self.distinct == 0))
+        return 0.0 - (wrong + half_right + off_register + NO_ANSWER * (self.distinct == 0))
 
 
 class Judge:
@@ -77,6 +83,7 @@ class Judge:
             on_topic=len(on_topic),
             distinct=distinct,
             in_register=len({fact.number for fact in on_topic if fact.register == instruction.register}),
+            register=instruction.register,
             missing=max(0, least - len(sentences)),
             surplus=max(0, distinct - most),
             ended=text.endswith("."),
