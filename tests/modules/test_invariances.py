@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,11 +24,18 @@ from rlhf_lightning.types import PromptBatch, Rollout, ScoredRollout
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
+    pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*"),
 ]
 
 GROUP = 2
 SEEN = [0.5, -1.0, 2.0]
-PENALTIES = {"missing_eos": "subtract", "missing_eos_penalty": 0.7, "length_penalty": 0.01, "repetition_penalty": 0.3}
+PENALTIES: dict[str, Any] = {
+    "missing_eos": "subtract",
+    "missing_eos_penalty": 0.7,
+    "length_penalty": 0.01,
+    "repetition_penalty": 0.3,
+    "max_new_tokens": 4,
+}
 CASES: dict[str, dict[str, Any]] = {
     "gae": {},
     "gae, end_token, sequences": {"score_placement": "end_token", "loss_mean": "sequences"},
@@ -47,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     "grpo": {"advantage": "grpo", "loss_mean": "sequences", "entropy_coef": 0.1},
     "grpo, loss_k1": {"advantage": "grpo", "kl_penalty": "loss_k1"},
 }
-few = settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=2, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 Made = tuple[Any, Rollout, ScoredRollout, Any]
 
 
@@ -76,7 +83,8 @@ def case(bench: Callable[..., Any], prompts: PromptBatch, cached: Callable[..., 
         rollout = work.rollout(prompts)
         scored = work.score(rollout)
         found = work.work(scored, SEEN)
-        assert len(set(scored.response_mask.sum(dim=1).tolist())) > 3
+        assert len(set(scored.response_mask.sum(dim=1).tolist())) > 2
+        assert 0 < found.metrics["missing_eos"] < 1
         assert 0 < found.metrics["clip_fraction"] < 1
         return work, rollout, scored, found
 
@@ -174,11 +182,11 @@ def test_how_an_epoch_at_a_learning_rate_of_0_is_cut_into_minibatches(
         part = whole.rows(rows)
         module.zero_grad()
         module._accumulate_gradients(part)
-        tokens, states = part.response_mask.sum(), part.value_mask.sum()
+        tokens, states = int(part.response_mask.sum()), int(part.value_mask.sum())
         sequences = module.loss_mean == "sequences"
         shares = {
-            "policy": len(part) / len(whole) if sequences else tokens / whole.response_mask.sum(),
-            "critic": states / whole.value_mask.sum(),
+            "policy": len(part) / len(whole) if sequences else tokens / int(whole.response_mask.sum()),
+            "critic": states / int(whole.value_mask.sum()),
         }
         for weight, gradient in work.gradients().items():
             total[weight] = total.get(weight, 0.0) + shares[weight.split(".")[0]] * gradient
@@ -199,7 +207,11 @@ SHIFT_IS_NOTHING: dict[str, dict[str, Any]] = {
 SHIFT_MATTERS: dict[str, dict[str, Any]] = {
     "gae, lambda below 1: the critic has not learned the shift": {"lam": 0.9},
     "reinforce against rollouts before": {"advantage": "reinforce", "ppo_epochs": 1, "baseline": "running"},
-    "a fixed score replaces that of a response without end": {"advantage": "rloo", "missing_eos": "replace"},
+    "a fixed score replaces that of a response without end": {
+        "advantage": "reinforce",
+        "ppo_epochs": 1,
+        "missing_eos": "replace",
+    },
 }
 
 
