@@ -16,6 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# The first call of a torch function takes longer than hypothesis allows; the same examples every time.
+settings.register_profile("torch", deadline=None, derandomize=True, database=None)
+settings.load_profile("torch")
 
 
 @pytest.fixture(scope="session")

@@ -48,9 +48,10 @@ def group_normalized(rewards: Float[Tensor, " B"], *, group_size: int, eps: floa
 
     A group whose rewards are all alike teaches nothing: its advantages are 0.
     """
-    groups = rewards.unflatten(0, (-1, group_size))
+    # In float32 equal rewards differ from their mean by rounding, which would be blown up to a deviation of 1.
+    groups = rewards.double().unflatten(0, (-1, group_size))
     centered = groups - groups.mean(dim=1, keepdim=True)
-    return (centered / (groups.std(dim=1, keepdim=True, correction=0) + eps)).flatten()
+    return (centered / (groups.std(dim=1, keepdim=True, correction=0) + eps)).flatten().to(rewards)
 
 
 def baselined(rewards: Float[Tensor, " B"], others: Float[Tensor, "3"] | Float[Tensor, "3 B"]) -> Float[Tensor, " B"]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
 from rlhf_lightning.networks import Model, load_tokenizer, max_positions, save_pretrained
 from rlhf_lightning.types import SFTBatch
@@ -72,12 +73,12 @@ class LanguageModule(LightningModule):
 
 
 def predictions(network: nn.Module, batch: SFTBatch) -> tuple[Float[Tensor, "N V"], Int[Tensor, " N"]]:
-    """Return the logits in float32 that predict the N tokens that count, and these tokens."""
+    """Return the logits in at least float32 that predict the N tokens that count, and these tokens."""
     model: Any = network
     logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask.long(), use_cache=False).logits
     # The token at t is predicted by the logits at t - 1.
     predicted = batch.loss_mask[:, 1:]
-    return logits[:, :-1][predicted].float(), batch.tokens[:, 1:][predicted]
+    return at_least_float32(logits[:, :-1][predicted]), batch.tokens[:, 1:][predicted]
 
 
 def adamw_with_schedule(

@@ -348,7 +348,7 @@ class PPOModule(LanguageModule):
             "entropy": entropy(logits if self.entropy_coef else logits.detach(), temperature=self.temperature),
             "approx_kl": log_ratio.square() / 2,
             "ratio": log_ratio.exp(),
-            "clip_fraction": ((log_ratio.exp() - 1).abs() > self.clip_range).float(),
+            "clip_fraction": ((log_ratio.exp() - 1).abs() > self.clip_range).to(log_ratio),
         }
         if self.kl_penalty != "reward":
             quantities["kl_loss"] = self._kl_loss(logprobs, experience)
@@ -360,7 +360,7 @@ class PPOModule(LanguageModule):
             "value_loss": clipped_value_loss(
                 values, experience.old_values, experience.returns, value_clip_range=self.value_clip_range
             ),
-            "value_clip_fraction": (moved > self.value_clip_range).float(),
+            "value_clip_fraction": (moved > self.value_clip_range).to(moved),
         }
 
     def _policy_loss(self, logprobs: Tensor, experience: Experience) -> Tensor:
@@ -511,15 +511,15 @@ class PPOModule(LanguageModule):
         """Add ptx_coef times the gradient of the next-token loss (Ouyang et al. 2022, eq. 2); return that loss."""
         batch = batch.to(self.device)
         tokens = self.sum_over_ranks(batch.loss_mask.sum().float())
-        total = torch.zeros((), device=self.device)
+        losses: list[Tensor] = []
         for rows in torch.arange(len(batch), device=self.device).split(self.micro_batch_size):
             logits, targets = predictions(self.policy, batch.rows(rows))
             loss = cross_entropy(logits, targets, reduction="sum") / tokens
             # The gradients travel between ranks with those of the minibatch's last part.
             with self._gradient_sync(False):
                 self.manual_backward(self.ptx_coef * loss * self.trainer.world_size)
-            total += loss.detach()
-        return {"ptx_loss": self.sum_over_ranks(total)}
+            losses.append(loss.detach())
+        return {"ptx_loss": self.sum_over_ranks(torch.stack(losses).sum())}
 
     @contextmanager
     def _gradient_sync(self, wanted: bool) -> Iterator[None]:

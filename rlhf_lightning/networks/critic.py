@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rlhf_lightning.functional.masking import position_ids
+from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.networks.scalar_head import init_scalar_head, scalar_head
 
 
@@ -33,12 +34,11 @@ class Critic(nn.Module):
         return cls(deepcopy(policy.base_model), head).requires_grad_(True)
 
     def forward(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """Return the value of the state after each token, in float32."""
+        """Return the value of the state after each token, in at least float32."""
         hidden = self.backbone(
             input_ids=tokens,
             attention_mask=attention_mask.long(),
             position_ids=position_ids(attention_mask),
             use_cache=False,
         ).last_hidden_state
-        values: Tensor = self.head(hidden).squeeze(-1).float()
-        return values
+        return at_least_float32(self.head(hidden).squeeze(-1))

@@ -58,8 +58,9 @@ def score_rollout(
     """
     sequences, longest = rollout.response_mask.shape
     device = rollout.tokens.device
-    logprobs, ref_logprobs = (torch.zeros(sequences, longest, device=device) for _ in range(2))
-    values = torch.zeros(sequences, longest + 1, device=device)
+    dtype = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
+    logprobs, ref_logprobs = (torch.zeros(sequences, longest, dtype=dtype, device=device) for _ in range(2))
+    values = torch.zeros(sequences, longest + 1, dtype=dtype, device=device)
     for rows, tokens, attention_mask, response_mask in micro_batches(rollout, micro_batch_size=micro_batch_size):
         length = response_mask.shape[1]
         responses = tokens[:, -length:]

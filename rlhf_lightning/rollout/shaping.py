@@ -15,6 +15,9 @@ from rlhf_lightning.types import ScoredRollout
 Normalization = Literal["none", "scale", "shift_and_scale"]
 MissingEOS = Literal["replace", "subtract"]
 
+ROUNDING = 1e-12
+"""Share of the mean square below which a variance from sums in float64 is nothing but rounding."""
+
 
 @dataclass
 class RunningMoments:
@@ -38,8 +41,11 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """The biased standard deviation; 0 of nothing."""
-        return max(self.squares / self.count - self.mean**2, 0.0) ** 0.5 if self.count else 0.0
+        """The biased standard deviation; 0 of nothing, and of numbers that are equal up to rounding."""
+        if not self.count:
+            return 0.0
+        variance, square = self.squares / self.count - self.mean**2, self.squares / self.count
+        return variance**0.5 if variance > ROUNDING * square else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,10 @@ class Shaping:
     """What is made of a score; the parts of the result add up to what is maximised beside the KL penalty."""
 
     normalize_scores: Normalization
-    """"scale" divides by the running standard deviation, "shift_and_scale" takes the running mean off before."""
+    """"scale" divides by the running standard deviation, "shift_and_scale" takes the running mean off before.
+
+    Scores that never varied are not divided.
+    """
     score_clip: float | None
     """Scores count up to plus or minus this, after they are normalised."""
     missing_eos: MissingEOS
@@ -60,24 +69,25 @@ class Shaping:
     def __call__(
         self, scored: ScoredRollout, seen: RunningMoments, *, sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> dict[str, Float[Tensor, " B"]]:
-        """Return the parts of each response's score by name; ``seen`` takes in the new scores first."""
-        scores = scored.scores.float()
+        """Return the parts of each response's score by name, in float64; ``seen`` takes in the new scores first."""
+        # In float32 the sum of parts that replace a score would depend on it by rounding.
+        scores = scored.scores.double()
         seen.add(sum_over_ranks(moments_of(scores)))
         parts = {"shaped_score": self._clipped(self._normalized(scores, seen))}
         parts["missing_eos_part"] = missing_eos_part(
             parts["shaped_score"], scored.ended, penalty=self.missing_eos_penalty, replace=self.missing_eos == "replace"
         )
-        parts["length_part"] = -self.length_penalty * scored.response_mask.sum(dim=1).float()
+        parts["length_part"] = -self.length_penalty * scored.response_mask.sum(dim=1).to(scores)
         if self.repetition_penalty:
             repeated = repeated_share(scored.response_tokens, scored.response_mask)
-            parts["repetition_part"] = -self.repetition_penalty * repeated
+            parts["repetition_part"] = -self.repetition_penalty * repeated.to(scores)
         return parts
 
     def _normalized(self, scores: Float[Tensor, " B"], seen: RunningMoments) -> Float[Tensor, " B"]:
         if self.normalize_scores == "none":
             return scores
         shift = seen.mean if self.normalize_scores == "shift_and_scale" else 0.0
-        return (scores - shift) / (seen.std + 1e-8)
+        return (scores - shift) / (seen.std or 1.0)
 
     def _clipped(self, scores: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         return scores if self.score_clip is None else scores.clamp(-self.score_clip, self.score_clip)

@@ -4,17 +4,12 @@ import importlib
 from collections.abc import Generator
 
 import pytest
-from hypothesis import settings
 from jaxtyping import install_import_hook
 
-FILES = ("masking", "logprobs", "kl", "rewards", "advantages", "losses", "schedules")
+FILES = ("precision", "masking", "logprobs", "kl", "rewards", "advantages", "losses", "schedules")
 
 # Beartype with the numeric tower: an int is a float, as for a type checker.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-
-# The first call of a torch function takes longer than hypothesis allows; the same examples every time.
-settings.register_profile("torch", deadline=None, derandomize=True, database=None)
-settings.load_profile("torch")
 
 
 @pytest.hookimpl(wrapper=True)

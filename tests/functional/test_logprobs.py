@@ -45,6 +45,14 @@ def test_logits_in_bfloat16_are_worked_on_in_float32(logits: torch.Tensor, token
     torch.testing.assert_close(entropy(rounded), entropy(rounded.float()), rtol=0, atol=0)
 
 
+def test_logits_in_float64_are_worked_on_in_float64(tokens: torch.Tensor) -> None:
+    logits = torch.randn(3, 4, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logprobs = logits - logits.exp().sum(dim=-1, keepdim=True).log()
+    chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(gather_logprobs(logits, tokens), chosen, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(entropy(logits), -(logprobs.exp() * logprobs).sum(dim=-1), rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_the_entropy_of_uniform_logits_is_log_v(temperature: float) -> None:
     uniform = torch.full((2, 3, 17), 4.2)

@@ -13,6 +13,7 @@ from rlhf_lightning.functional.losses import (
     pairwise_logistic_loss,
     ranked_pairs,
     ranking_loss,
+    reinforce_loss,
 )
 
 
@@ -46,6 +47,26 @@ def test_at_ratio_1_the_policy_loss_is_the_negative_advantage_with_the_policy_gr
     assert loss.tolist() == [[-3.0, 4.0]]
     (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
     assert gradient.tolist() == [[-3.0, 4.0]]
+
+
+def test_the_reinforce_loss_has_the_advantage_as_its_slope_however_far_the_policy_has_moved() -> None:
+    logprobs = torch.tensor([[-0.5, -20.0, -3.0]], requires_grad=True)
+    advantages = torch.tensor([[3.0, -4.0, 0.0]])
+    loss = reinforce_loss(logprobs, advantages)
+    assert loss.tolist() == [[1.5, -80.0, 0.0]]
+    (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
+    assert gradient.tolist() == [[-3.0, 4.0, 0.0]]
+
+
+def test_reinforce_over_all_samples_is_the_gradient_of_the_expected_reward() -> None:
+    """Exact: every token of a vocabulary of five, weighted by its probability."""
+    generator = torch.Generator().manual_seed(0)
+    logits, rewards = (torch.randn(1, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    logits.requires_grad_()
+    expected = torch.autograd.grad((logits.softmax(-1) * rewards).sum(), logits)[0]
+    losses = reinforce_loss(logits.log_softmax(-1), rewards)
+    found = torch.autograd.grad((logits.softmax(-1).detach() * losses).sum(), logits)[0]
+    torch.testing.assert_close(found, -expected)
 
 
 @pytest.mark.parametrize(

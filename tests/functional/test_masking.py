@@ -12,6 +12,7 @@ from rlhf_lightning.functional.masking import (
     masked_moments,
     masked_sum,
     position_ids,
+    sum_to_go,
     through_first,
     variance,
 )
@@ -84,6 +85,23 @@ def test_sums_and_means_see_only_what_the_mask_keeps() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
     assert masked_sum(x, mask).tolist() == [3.0, 5.0]
     assert masked_mean(x, mask).item() == pytest.approx(8 / 3)
+
+
+def test_the_sum_to_go_by_hand() -> None:
+    x = torch.tensor([[1.0, 2.0, 4.0, float("nan")], [8.0, float("inf"), 16.0, 32.0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1]]).bool()
+    assert sum_to_go(x, mask).tolist() == [[7.0, 6.0, 4.0, 0.0], [56.0, 0.0, 48.0, 32.0]]
+
+
+@given(rows)
+def test_the_sum_to_go_starts_with_the_whole_and_ends_with_the_last(table: list[list[tuple[float, bool]]]) -> None:
+    x, mask = values_and_mask(table)
+    found = sum_to_go(x.double(), mask)
+    for row in range(len(x)):
+        kept = [t for t in range(4) if mask[row, t]]
+        for t in range(4):
+            expected = sum(x[row, later].double().item() for later in kept if later >= t) if mask[row, t] else 0.0
+            assert found[row, t].item() == pytest.approx(expected, abs=1e-9)
 
 
 @given(rows)

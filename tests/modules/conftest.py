@@ -1,7 +1,9 @@
 """Tiny networks with rotary (Llama) and absolute (GPT-2) positions, a tokenizer of bytes, and a small Trainer."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_lightning.types import PromptBatch
+from rlhf_lightning.modules import PPOModule
+from rlhf_lightning.rollout.metrics import critic_metrics, rollout_metrics
+from rlhf_lightning.rollout.shaping import RunningMoments, moments_of
+from rlhf_lightning.types import Experience, PromptBatch, Rollout, ScoredRollout
 
 VOCABULARY = 258
 # A wide initialisation: with the usual one all outputs are about equal, and a mistake would not show.
@@ -179,3 +184,98 @@ def prompts() -> PromptBatch:
         texts=list(texts),
         columns={},
     )
+
+
+STOPS = list(range(1, 258, 5))
+"""A fifth of the vocabulary ends a response, so that responses are of uneven length, and some do not end."""
+
+
+class Alone(PPOModule):
+    """A PPO module in one process without a Trainer; what it accumulates stays in the weights' ``grad``."""
+
+    trainer = SimpleNamespace(world_size=1, strategy=None, global_step=0)  # type: ignore[assignment]
+    _optimizer = SimpleNamespace(zero_grad=lambda: None)  # type: ignore[assignment]
+
+    def sum_over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    def manual_backward(self, loss: torch.Tensor, *_: Any, **__: Any) -> None:
+        loss.backward()
+
+
+@dataclass
+class Worked:
+    """What a rollout says and does: logged numbers, the experience, and the gradient of one update on all of it."""
+
+    metrics: dict[str, float]
+    experience: Experience
+    gradients: dict[str, torch.Tensor]
+
+
+class Bench:
+    """A float64 module without a Trainer whose policy and critic have moved since they sampled and valued a rollout."""
+
+    def __init__(self, module: Alone) -> None:
+        # Llama computes its norms in float32 whatever it is given; GPT-2 is float64 throughout.
+        self.module = module.double()
+        self.sampled_with = self._weights()
+        moved = torch.Generator().manual_seed(7)
+        self.updated = {
+            name: w if name.startswith("reference") else w + 0.02 * torch.randn(w.shape, generator=moved).to(w)
+            for name, w in self.sampled_with.items()
+        }
+        for weight in module.reference.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=moved).to(weight)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: weight.detach().clone() for name, weight in self.module.state_dict().items()}
+
+    def rollout(self, prompts: PromptBatch) -> Rollout:
+        self.module.load_state_dict(self.sampled_with)
+        return self.module.generate(self.module.with_samples(prompts), 0)
+
+    def score(self, rollout: Rollout) -> ScoredRollout:
+        self.module.load_state_dict(self.sampled_with)
+        return self.module.score(rollout)
+
+    def work(self, scored: ScoredRollout, seen: list[float] | None = None) -> Worked:
+        """Estimate advantages and the gradient of an update on all of the rollout; ``seen`` are rewards before it."""
+        module = self.module
+        module.load_state_dict(self.updated)
+        module.zero_grad()
+        module.seen_scores, module.seen_rewards = RunningMoments(), RunningMoments()
+        if seen is not None:
+            module.seen_rewards.add(moments_of(torch.tensor(seen)))
+        parts = module.shaping(scored, module.seen_scores, sum_over_ranks=module.sum_over_ranks)
+        experience = module.experience(scored, parts)
+        metrics = rollout_metrics(scored, experience, parts, sum_over_ranks=module.sum_over_ranks)
+        if module.critic is not None:
+            metrics |= critic_metrics(experience, sum_over_ranks=module.sum_over_ranks)
+        metrics |= module._accumulate_gradients(experience)
+        return Worked({name: float(x) for name, x in metrics.items()}, experience, self.gradients())
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        roles = {"policy": self.module.policy} | ({} if self.module.critic is None else {"critic": self.module.critic})
+        return {
+            f"{role}.{name}": p.grad.clone()
+            for role, network in roles.items()
+            for name, p in network.named_parameters()
+            if p.grad is not None
+        }
+
+
+def share_of_low_bytes(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+    return [sum(ord(c) < 128 for c in text) / max(1, len(text)) for text in responses]
+
+
+@pytest.fixture
+def bench(policy: Callable[..., Any], tokenizer: PreTrainedTokenizerFast) -> Callable[..., Bench]:
+    """A bench around a PPO module with the settings given."""
+
+    def make(**settings: Any) -> Bench:
+        network = policy("gpt2")
+        network.generation_config.eos_token_id = STOPS
+        defaults = {"reward": share_of_low_bytes, "tokenizer": tokenizer, "micro_batch_size": 4, "max_new_tokens": 6}
+        return Bench(Alone(network, **{**defaults, **settings}))
+
+    return make

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_lightning.data import SFTDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import PPOModule
 from rlhf_lightning.modules.ppo import seeded_generator
@@ -588,6 +589,227 @@ def test_validation_samples_the_same_responses_every_time_and_does_not_disturb_t
     assert not differ(weights(plain), weights(validated))
 
 
+# Without a critic ------------------------------------------------------------
+
+ESTIMATORS: list[dict[str, Any]] = [
+    {"advantage": "reinforce", "ppo_epochs": 1},
+    {"advantage": "rloo", "samples_per_prompt": 2},
+    {"advantage": "grpo", "samples_per_prompt": 2},
+]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda estimator: estimator["advantage"])
+def test_the_other_estimators_train_without_a_critic(
+    estimator: dict[str, Any],
+    make: Callable[..., Watching],
+    classifier: Callable[..., Any],
+    prompts: PromptBatch,
+    fit: Callable[..., Any],
+) -> None:
+    module = make(**estimator, reward=classifier(seed=3))
+    logged = fit(module, [prompts], max_epochs=2).steps[1]
+    assert module.critic is None
+    assert {name.split(".")[0] for name in module.state_dict()} == {"policy"}
+    assert len(module.trainer.optimizers[0].param_groups) == 1
+    critics = {"value_loss", "value_clip_fraction", "explained_variance", "critic_grad_norm"}
+    assert not {f"ppo/{name}" for name in critics} & set(logged)
+    assert {"ppo/policy_loss", "ppo/policy_grad_norm", "ppo/kl"} <= set(logged)
+    assert differ(module.state_dict(), make(**estimator, reward=classifier(seed=3)).state_dict())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda estimator: estimator["advantage"])
+def test_the_other_estimators_have_a_reward_that_can_be_had(
+    estimator: dict[str, Any], make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    samples = estimator.get("samples_per_prompt", 1)
+    module = make(
+        reward=lambda prompts, responses: [float(sum("a" <= c <= "z" for c in text)) for text in responses],
+        learning_rate=1e-2,
+        max_new_tokens=8,
+        missing_eos="subtract",
+        beta=0.01,
+        minibatch_size=24,
+        micro_batch_size=24,
+        lr_schedule="constant",
+        **{"ppo_epochs": 4, **estimator},
+    )
+    module.policy.generation_config.eos_token_id = 1
+    batch = prompts.rows(torch.arange(6).repeat(8 // samples if samples > 1 else 4))
+    scores = fit(module, [batch], max_epochs=25)["ppo/score"]
+    assert sum(scores[-3:]) / 3 > max(4.0, 2 * scores[0])
+
+
+def test_the_samples_of_a_prompt_are_neighbours_and_differ(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    module = make(samples_per_prompt=4, minibatch_size=24, max_new_tokens=6)
+    fit(module, [prompts], max_steps=1)
+    scored = module.scored_rollout
+    assert len(scored) == 24
+    for prompt in range(6):
+        rows = range(4 * prompt, 4 * prompt + 4)
+        assert all(torch.equal(scored.prompt_tokens[row], prompts.prompt_tokens[prompt]) for row in rows)
+        assert [scored.prompts[row] for row in rows] == [prompts.prompts[prompt]] * 4
+        assert len({tuple(scored.response_tokens[row].tolist()) for row in rows}) == 4
+
+
+def test_minibatches_must_divide_prompts_times_samples(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    fit(make(samples_per_prompt=2, minibatch_size=4, ppo_epochs=1), [prompts], max_steps=1)
+    with pytest.raises(InputError, match=r"minibatch_size=5 must divide the rollout of 12 .*batch_size \* samples_per"):
+        fit(make(samples_per_prompt=2, minibatch_size=5), [prompts], max_steps=1)
+
+
+# What changes from rollout to rollout ------------------------------------------
+
+
+def test_beta_follows_the_kl_of_the_rollouts_and_is_in_the_checkpoint(
+    tmp_path: Path, make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    module = make(beta=0.1, adaptive_kl_target=0.5, adaptive_kl_horizon=30.0, learning_rate=3e-3, ppo_epochs=4)
+    logged = fit(module, [prompts], max_epochs=6)
+    beta, expected = 0.1, []
+    for kl in logged["ppo/kl"]:
+        expected.append(beta)  # what the rollout was made with
+        beta *= 1 + min(max(kl / 0.5 - 1, -0.2), 0.2) * 6 / 30
+    assert logged["ppo/beta"] == pytest.approx(expected, rel=1e-5)
+    assert module.beta == pytest.approx(beta, rel=1e-5)
+    assert expected[1] == pytest.approx(0.1 * 0.96)  # no KL yet: cheaper
+    assert max(expected) > 0.1  # too much of it: dearer
+    module.trainer.save_checkpoint(tmp_path / "some.ckpt")
+    assert torch.load(tmp_path / "some.ckpt", weights_only=True)["ppo"]["beta"] == module.beta
+
+
+@pytest.mark.parametrize("kl_penalty", ["reward", "loss_k1", "loss_k2"])
+def test_an_adaptive_beta_keeps_the_kl_nearer_to_its_target(
+    kl_penalty: str, make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    batch = prompts.rows(torch.arange(6).repeat(4))
+    found = {}
+    for target in (None, 0.3):
+        module = make(
+            kl_penalty=kl_penalty,
+            adaptive_kl_target=target,
+            adaptive_kl_horizon=10.0,
+            beta=0.05,
+            learning_rate=3e-3,
+            minibatch_size=24,
+            micro_batch_size=24,
+            lr_schedule="constant",
+            reward=lambda prompts, responses: [3.0 * sum("a" <= c <= "z" for c in text) for text in responses],
+        )
+        found[target] = sum(fit(module, [batch], max_epochs=16)["ppo/kl_k3"][-4:]) / 4
+    assert found[0.3] < 0.7 * found[None]
+
+
+def test_a_policy_that_moved_too_far_is_not_updated_again_with_the_same_rollout(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    free = make(ppo_epochs=4, learning_rate=1e-2)
+    fit(free, [prompts], max_steps=1)
+    moved: list[float] = []
+
+    class Told(Watching):
+        def _accumulate_gradients(self, minibatch: Experience) -> dict[str, Tensor]:
+            metrics = super()._accumulate_gradients(minibatch)
+            moved.append(float(metrics["approx_kl"]))
+            return metrics
+
+    module = make(ppo_epochs=4, learning_rate=1e-2, target_kl=1e-4)
+    module.__class__ = Told
+    logged = fit(module, [prompts] * 3, max_steps=3)
+    ends = [int(updates) for updates in logged["ppo/updates"]]
+    assert module.trainer.global_step == 3
+    assert ends[-1] == len(module.raw) == len(moved) < 3 * 8
+    for first, end in zip([0, *ends], ends, strict=False):
+        of_rollout = moved[first:end]
+        # The last one is the first that was too far, unless none was.
+        assert all(kl <= 1e-4 for kl in of_rollout[:-1])
+        assert of_rollout[-1] > 1e-4 or len(of_rollout) == 8
+    assert ends[0] < 8
+    # Until then nothing differs from a run without the limit.
+    assert_close(module.raw[0], free.raw[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_schedule_runs_over_the_planned_updates_whether_or_not_they_are_made(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    module = make(target_kl=1e-12, learning_rate=1e-3)
+    logged = fit(module, [prompts] * 3, max_steps=3)
+    assert logged["ppo/updates"] == [2, 4, 6]  # the first is never too far
+    assert [policy for policy, _ in module.rates] == pytest.approx(
+        [1e-3 * (1 - update / 12) for update in (0, 1, 4, 5, 8, 9)]
+    )
+
+
+def test_the_moving_average_moves_once_a_rollout_and_is_what_is_exported(
+    tmp_path: Path,
+    make: Callable[..., Watching],
+    prompts: PromptBatch,
+    fit: Callable[..., Any],
+    weights: Callable[..., Weights],
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    snapshots: list[Weights] = []
+
+    class Snapshots(Watching):
+        def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+            super().training_step(batch, batch_idx)
+            snapshots.append(weights(self.policy))
+
+    module = make(ema_decay=0.9, learning_rate=1e-2)
+    module.__class__ = Snapshots
+    expected = weights(module.policy)
+    assert not differ(weights(module.ema), expected)
+    fit(module, [prompts], max_epochs=3)
+    for snapshot in snapshots:
+        expected = {name: 0.9 * average + 0.1 * snapshot[name] for name, average in expected.items()}
+    assert_close(weights(module.ema), expected, rtol=1e-5, atol=1e-6)
+    assert differ(weights(module.ema), weights(module.policy))
+    assert {name.split(".")[0] for name in module.state_dict()} == {"policy", "critic", "ema"}
+    assert all(p.grad is None and not p.requires_grad for p in module.ema.parameters())
+    module.save_pretrained(tmp_path)
+    tokens = torch.tensor([[5, 9, 7]])
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits
+    torch.testing.assert_close(exported, module.ema(tokens).logits)
+    assert not torch.allclose(exported, module.policy(tokens).logits)
+
+
+def test_the_moving_average_does_not_change_what_is_learned(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any], weights: Callable[..., Weights]
+) -> None:
+    plain, averaged = make(), make(ema_decay=0.5)
+    for module in (plain, averaged):
+        fit(module, [prompts], max_epochs=2)
+    assert not differ(weights(plain.policy), weights(averaged.policy))
+
+
+def test_the_repetition_penalty_reaches_the_reward(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    module = make(repetition_penalty=2.0, max_new_tokens=12, learning_rate=0.0, critic_learning_rate=0.0)
+    module.policy.generation_config.eos_token_id = 1
+    with torch.no_grad():  # one token is all but certain, so that it is repeated
+        module.policy.lm_head.weight[70] = module.policy.lm_head.weight[70] * 0 + 20 * module.policy.lm_head.weight[70]
+    logged = fit(module, [prompts], max_steps=1).steps[0]
+    parts = ("shaped_score", "missing_eos_part", "length_part", "repetition_part", "kl_part")
+    assert logged["ppo/repetition_part"] < 0
+    assert logged["ppo/reward"] == pytest.approx(sum(logged[f"ppo/{part}"] for part in parts), abs=1e-5)
+
+
+def test_a_bonus_for_entropy_leaves_more_of_it(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    found = []
+    for entropy_coef in (0.0, 5.0):
+        module = make(entropy_coef=entropy_coef, learning_rate=3e-3, ppo_epochs=4, lr_schedule="constant")
+        found.append(fit(module, [prompts], max_epochs=4)["ppo/entropy"])
+    assert found[0][0] == pytest.approx(found[1][0], rel=0.1)
+    assert found[1][-1] > found[0][-1] + 0.1
+
+
 # Checkpoints -----------------------------------------------------------------
 
 
@@ -626,6 +848,60 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(
     assert resumed.trainer.global_step == 4
     assert not differ(weights(resumed), weights(whole))
     assert differ(weights(whole), weights(half))
+
+
+EVERYTHING: dict[str, Any] = {
+    "normalize_scores": "shift_and_scale",
+    "score_clip": 2.0,
+    "length_penalty": 0.01,
+    "repetition_penalty": 0.1,
+    "adaptive_kl_target": 0.05,
+    "adaptive_kl_horizon": 20.0,
+    "ema_decay": 0.9,
+    "ptx_coef": 0.5,
+    "entropy_coef": 0.01,
+    "target_kl": 0.01,
+    "loss_mean": "sequences",
+    "lr_schedule": "constant",
+    "learning_rate": 3e-3,
+}
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        {"advantage": "gae", "samples_per_prompt": 2},
+        {"advantage": "reinforce", "baseline": "running", "ppo_epochs": 1, "kl_penalty": "loss_k1"},
+        {"advantage": "grpo", "samples_per_prompt": 2, "kl_penalty": "loss_k2"},
+    ],
+    ids=lambda estimator: estimator["advantage"],
+)
+def test_with_everything_on_a_run_goes_on_from_its_checkpoint_bit_for_bit(
+    estimator: dict[str, Any],
+    tmp_path: Path,
+    make: Callable[..., Watching],
+    tokenizer: Any,
+    prompts: PromptBatch,
+    fit: Callable[..., Any],
+    weights: Callable[..., Weights],
+) -> None:
+    def texts() -> SFTDataModule:
+        rows = [{"text": "abcdefg"[i] * (2 + i % 3)} for i in range(7)]
+        return SFTDataModule(rows, tokenizer=tokenizer, batch_size=2, val_fraction=0.0)
+
+    whole, half, resumed = (make(**{**EVERYTHING, **estimator, "ptx_data": texts()}) for _ in range(3))
+    fit(whole, [prompts], max_epochs=4)
+    logged = fit(half, [prompts], max_epochs=2)
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    torch.manual_seed(99)
+    again = fit(resumed, [prompts], max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
+    assert not differ(weights(resumed), weights(whole))
+    assert differ(weights(whole), weights(half))
+    rewards = ["seen_rewards"] if estimator["advantage"] == "reinforce" else []
+    for name in ("beta", "updates", "seen_scores", *rewards):
+        assert getattr(resumed, name) == getattr(whole, name) != getattr(half, name), name
+    assert again["ppo/beta"][0] == pytest.approx(half.beta)
+    assert again["ppo/beta"][0] != logged["ppo/beta"][0]
 
 
 @pytest.mark.parametrize("role", ["policy", "critic"])
@@ -677,35 +953,6 @@ def test_a_minibatch_that_does_not_divide_the_rollout_is_an_input_error(
 ) -> None:
     with pytest.raises(InputError, match="minibatch_size=4 must divide the rollout of 6 sequences"):
         fit(make(minibatch_size=4), [prompts], max_steps=1)
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
-        ({"gamma": 1.5}, "gamma=1.5 must lie in"),
-        ({"lr_floor": 1.5}, "lr_floor=1.5 must lie in"),
-        ({"lam": -0.1}, "lam=-0.1 must lie in"),
-        ({"beta": -1.0}, "beta=-1.0 must not be negative"),
-        ({"value_coef": -1.0}, "value_coef=-1.0 must not be negative"),
-        ({"learning_rate": -1.0}, "learning_rate=-1.0 must not be negative"),
-        ({"critic_learning_rate": -1.0}, "critic_learning_rate=-1.0 must not be negative"),
-        ({"warmup_steps": -1}, "warmup_steps=-1 must not be negative"),
-        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty=-1.0 must not be negative"),
-        ({"clip_range": 0.0}, "clip_range=0.0 must be above 0"),
-        ({"value_clip_range": 0.0}, "value_clip_range=0.0 must be above 0"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be above 0"),
-        ({"ppo_epochs": 0}, "ppo_epochs=0 must be at least 1"),
-        ({"minibatch_size": 0}, "minibatch_size=0 must be at least 1"),
-        ({"micro_batch_size": 0}, "micro_batch_size=0 must be at least 1"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-    ],
-)
-def test_a_setting_out_of_its_range_is_named_with_its_rule(
-    setting: dict[str, Any], message: str, make: Callable[..., Watching]
-) -> None:
-    with pytest.raises(InputError, match=message):
-        make(**setting)
 
 
 def test_a_rollout_longer_than_the_policys_positions_is_an_input_error(
@@ -793,3 +1040,51 @@ def test_two_processes_train_one_policy_on_one_scale_of_advantages_and_log_means
     assert advantages.mean().item() == pytest.approx(0.0, abs=1e-5)
     assert advantages.var(correction=0).item() == pytest.approx(1.0, abs=1e-4)
     assert abs(first["advantages"].mean().item()) > 1e-3
+
+
+def test_two_processes_stop_together_and_keep_one_average_one_beta_and_one_scale_of_scores(
+    tmp_path: Path,
+    make: Callable[..., Watching],
+    prompts: PromptBatch,
+    trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+) -> None:
+    class Saving(Watching):
+        def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+            # Rollouts of different length on the two processes.
+            half = batch.rows(torch.arange(3) + 3 * self.global_rank)
+            self.max_new_tokens = 2 + 6 * self.global_rank
+            super().training_step(half, batch_idx)
+
+        def _accumulate_gradients(self, minibatch: Experience) -> dict[str, Tensor]:
+            own = [(part, self.losses(part)) for part in trimmed_micro_batches(minibatch, micro_batch_size=8)]
+            self.own = [found["approx_kl"][part.response_mask].mean().item() for part, found in own]
+            return super()._accumulate_gradients(minibatch)
+
+        def on_train_end(self) -> None:
+            state = {"beta": self.beta, "updates": self.updates, "seen": vars(self.seen_scores)}
+            found = {"own": self.own, "state": state, "weights": self.state_dict()}
+            torch.save(found | {"rollouts": self.trainer.global_step}, tmp_path / f"{self.global_rank}.pt")
+
+    limit = 2e-3
+    module = make(
+        learning_rate=3e-3,
+        ppo_epochs=8,
+        minibatch_size=3,
+        target_kl=limit,
+        ema_decay=0.9,
+        adaptive_kl_target=0.1,
+        adaptive_kl_horizon=20.0,
+        normalize_scores="shift_and_scale",
+    )
+    module.__class__ = Saving
+    trainer(max_steps=2, strategy="ddp_fork", devices=2).fit(module, make_loader([prompts] * 2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first["rollouts"] == second["rollouts"] == 2
+    assert first["state"] == second["state"]
+    assert first["state"]["updates"] < 16
+    assert first["state"]["seen"]["count"] == 12
+    assert not differ(first["weights"], second["weights"])
+    assert {name.split(".")[0] for name in first["weights"]} == {"policy", "critic", "ema"}
+    # Each by itself would not have stopped at the same time.
+    assert first["own"] != second["own"]

@@ -1,0 +1,106 @@
+import inspect
+import re
+from typing import Any
+
+import pytest
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.modules import PPOModule
+from rlhf_lightning.modules.ppo_checks import (
+    ABOVE_0,
+    ABOVE_0_OR_OFF,
+    AT_LEAST_1,
+    CHOICES,
+    NOT_NEGATIVE,
+    check_settings,
+)
+
+DEFAULTS = {name: p.default for name, p in inspect.signature(PPOModule).parameters.items()}
+NAN = float("nan")
+Settings = dict[str, Any]
+
+OUT_OF_RANGE: list[tuple[Settings, str]] = [
+    ({"gamma": 1.5}, "gamma=1.5 must lie in [0, 1]"),
+    ({"gamma": -0.1}, "gamma=-0.1 must lie in [0, 1]"),
+    ({"lam": 1.01}, "lam=1.01 must lie in [0, 1]"),
+    ({"lam": -0.1}, "lam=-0.1 must lie in [0, 1]"),
+    ({"ema_decay": 0.0}, "ema_decay=0.0 must lie in (0, 1), or be None to turn it off"),
+    ({"ema_decay": 1.0}, "ema_decay=1.0 must lie in (0, 1), or be None to turn it off"),
+    ({"top_p": 0.9}, "top_p=0.9 must be 1: with fewer tokens to draw from"),
+    ({"temperature": 0.0}, "temperature=0.0 must be above 0: PPO learns from samples"),
+    ({"clip_range": 0.0}, "clip_range=0.0 must be above 0: nothing could change"),
+    ({"value_clip_range": 0.0}, "value_clip_range=0.0 must be above 0: nothing could change"),
+    ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be above 0: inf clips nothing"),
+    *(({name: -0.5}, f"{name}=-0.5 must not be negative") for name in NOT_NEGATIVE),
+    *(({name: -1}, f"{name}=-1 must be above 0") for name in ABOVE_0),
+    *(({name: 0.0}, f"{name}=0.0 must be above 0, or None to turn it off") for name in ABOVE_0_OR_OFF),
+    *(({name: 0}, f"{name}=0 must be at least 1") for name in AT_LEAST_1),
+    *(({name: "other"}, f"{name}=other must be one of {', '.join(choices)}") for name, choices in CHOICES.items()),
+]
+
+CONTRADICTIONS: list[tuple[Settings, str]] = [
+    (
+        {"advantage": "rloo", "samples_per_prompt": 1},
+        "samples_per_prompt=1 must be at least 2 with advantage=rloo: a response is compared with others",
+    ),
+    ({"advantage": "grpo", "samples_per_prompt": 1}, "samples_per_prompt=1 must be at least 2 with advantage=grpo"),
+    (
+        {"advantage": "reinforce", "ppo_epochs": 2},
+        "ppo_epochs=2 must be 1 with advantage=reinforce: without clipping a rollout can be used once",
+    ),
+    ({"beta": 0.0, "adaptive_kl_target": 6.0}, "beta=0.0 must be above 0 with adaptive_kl_target, which multiplies it"),
+    ({"ptx_coef": 0.5}, "ptx_coef=0.5 and ptx_data=None belong together"),
+    ({"ptx_data": "texts"}, "ptx_coef=0.0 and ptx_data=texts belong together"),
+]
+
+AT_THE_EDGE: list[Settings] = [
+    {},
+    {"gamma": 0.0, "lam": 1.0},
+    {"gamma": 1.0, "lam": 0.0},
+    {"beta": 0.0},
+    *({name: 0} for name in NOT_NEGATIVE),
+    *({name: 1} for name in AT_LEAST_1),
+    *({name: None} for name in ABOVE_0_OR_OFF),
+    *({name: 1e-9} for name in (*ABOVE_0, *ABOVE_0_OR_OFF)),
+    {"max_grad_norm": float("inf")},
+    {"ema_decay": 0.992},
+    {"ptx_coef": 27.8, "ptx_data": "texts"},
+    {"advantage": "rloo", "samples_per_prompt": 2},
+    {"advantage": "grpo", "samples_per_prompt": 2},
+    {"advantage": "reinforce", "ppo_epochs": 1},
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), [*OUT_OF_RANGE, *CONTRADICTIONS])
+def test_a_setting_that_cannot_work_is_named_with_its_value_and_its_rule(settings: Settings, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_settings({**DEFAULTS, **settings})
+
+
+@pytest.mark.parametrize("settings", AT_THE_EDGE)
+def test_the_edge_of_a_range_is_allowed(settings: Settings) -> None:
+    check_settings({**DEFAULTS, **settings})
+
+
+@pytest.mark.parametrize("name", [*NOT_NEGATIVE, *ABOVE_0, *ABOVE_0_OR_OFF, "gamma", "lam", "ema_decay", "top_p"])
+def test_nan_is_in_no_range(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name}=nan must"):
+        check_settings({**DEFAULTS, name: NAN})
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_choice_that_is_offered_is_taken(name: str) -> None:
+    for choice in CHOICES[name]:
+        check_settings({**DEFAULTS, name: choice, "samples_per_prompt": 2, "ppo_epochs": 1})
+
+
+def test_every_number_of_the_constructor_is_looked_at() -> None:
+    looked_at = {*NOT_NEGATIVE, *ABOVE_0, *ABOVE_0_OR_OFF, *AT_LEAST_1, *CHOICES, "gamma", "lam", "ema_decay", "top_p"}
+    others = {"self", "model", "reward", "tokenizer", "reward_tokenizer", "ptx_data", "lr_schedule", "seed"}
+    assert set(DEFAULTS) - others == looked_at
+
+
+@pytest.mark.parametrize(("settings", "message"), [OUT_OF_RANGE[0], *CONTRADICTIONS])
+def test_settings_are_looked_at_before_anything_is_loaded(settings: Settings, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        PPOModule("no/such/folder", reward="no/such/reward", **settings)
