@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -39,34 +39,25 @@ def sample_probe(
 ) -> Probe:
     """Sample at most `TOKENS` tokens after `ROWS` prompts from all over the batch, with noise of its own."""
     rows = torch.linspace(0, len(batch) - 1, min(ROWS, len(batch))).long()
-    steps: list[Tensor] = []
-
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        steps.append(output.logits[:, -1])
-
-    hook = policy.register_forward_hook(keep)
+    steps: list[tuple[Tensor, Tensor]] = []
     start = time.perf_counter()
-    try:
-        rollout = generate(
-            policy,
-            batch.rows(rows),
-            tokenizer,
-            max_new_tokens=min(TOKENS, max_new_tokens),
-            temperature=temperature,
-            stop_tokens=stop_tokens,
-            generator=torch.Generator(device=batch.prompt_tokens.device).manual_seed(0),
-        )
-    finally:
-        hook.remove()
+    rollout = generate(
+        policy,
+        batch.rows(rows),
+        tokenizer,
+        max_new_tokens=min(TOKENS, max_new_tokens),
+        temperature=temperature,
+        stop_tokens=stop_tokens,
+        generator=torch.Generator(device=batch.prompt_tokens.device).manual_seed(0),
+        watch=lambda _, drawing, logits: steps.append((drawing, logits)),
+    )
     seconds = time.perf_counter() - start
     return Probe(rollout, _sampler_logprobs(rollout, steps, temperature), seconds)
 
 
-def _sampler_logprobs(rollout: Rollout, steps: list[Tensor], temperature: float) -> Tensor:
+def _sampler_logprobs(rollout: Rollout, steps: list[tuple[Tensor, Tensor]], temperature: float) -> Tensor:
     logprobs = torch.zeros(rollout.response_mask.shape, device=rollout.tokens.device)
-    for t, logits in enumerate(steps):
-        # The sampler runs on the rows that have not ended: those that still have a response token here.
-        rows = rollout.response_mask[:, t]
+    for t, (rows, logits) in enumerate(steps):
         tokens = rollout.response_tokens[rows, t : t + 1]
         logprobs[rows, t] = gather_logprobs(logits.unsqueeze(1), tokens, temperature=temperature).squeeze(1)
     return logprobs

@@ -1,5 +1,6 @@
 """From prompts to a rollout: sampling from the policy, nothing but the temperature between its logits and the draw."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 BLOCK = 64
 """Neighbouring tokens of the vocabulary that are drawn from together."""
+Watch = Callable[[int, Tensor, Tensor], None]
+"""``watch(t, rows, logits)``: which rows draw their token t, and from which logits (rows, V)."""
 STILL_FULL = 0.75
 """Share of rows still running below which the others are dropped: copying the cache costs about as much as a step."""
 
@@ -29,6 +32,7 @@ def generate(
     temperature: float,
     stop_tokens: list[int],
     generator: torch.Generator,
+    watch: Watch | None = None,
 ) -> Rollout:
     """Sample one response for each prompt.
 
@@ -44,6 +48,7 @@ def generate(
         temperature=temperature,
         stop_tokens=stops,
         generator=generator,
+        watch=watch,
     )
     response_mask = through_first(response_tokens, stops)
     response_tokens = response_tokens.masked_fill(~response_mask, _pad_token_id(tokenizer))
@@ -68,11 +73,12 @@ def sample_tokens(
     temperature: float,
     stop_tokens: Int[Tensor, " S"],
     generator: torch.Generator,
+    watch: Watch | None = None,
 ) -> Int[Tensor, "B R"]:
     """Sample until every row has a stop token or ``max_new_tokens`` are reached, so R may be smaller than that.
 
     Rows that have ended are dropped once they are a quarter of those that the network still runs on; what follows a
-    stop token is that token again. Temperature 0 takes the most likely token.
+    stop token is that token again. Temperature 0 takes the most likely token. ``watch`` is shown every step.
     """
     network: Any = policy
     rows = torch.arange(len(prompt_tokens), device=prompt_tokens.device)
@@ -93,6 +99,8 @@ def sample_tokens(
             cache = output.past_key_values
             make_room(cache, max_new_tokens - 1)
         tokens = draw(output.logits[:, -1], temperature=temperature, generator=generator)
+        if watch is not None:
+            watch(t, rows[running], output.logits[running, -1])
         response[rows[running], t:] = tokens[running].unsqueeze(1)
         running = running & ~torch.isin(tokens, stop_tokens)
         left = int(running.sum())

@@ -95,8 +95,29 @@ def test_every_choice_that_is_offered_is_taken(name: str) -> None:
 
 
 def test_every_number_of_the_constructor_is_looked_at() -> None:
-    looked_at = {*NOT_NEGATIVE, *ABOVE_0, *ABOVE_0_OR_OFF, *AT_LEAST_1, *CHOICES, "gamma", "lam", "ema_decay", "top_p"}
-    others = {"self", "model", "reward", "tokenizer", "reward_tokenizer", "ptx_data", "lr_schedule", "seed"}
+    looked_at = {
+        *NOT_NEGATIVE,
+        *ABOVE_0,
+        *ABOVE_0_OR_OFF,
+        *AT_LEAST_1,
+        *CHOICES,
+        "gamma",
+        "lam",
+        "lr_floor",
+        "ema_decay",
+        "top_p",
+    }
+    others = {
+        "self",
+        "model",
+        "reward",
+        "tokenizer",
+        "reward_tokenizer",
+        "ptx_data",
+        "lr_schedule",
+        "seed",
+        "preflight",
+    }
     assert set(DEFAULTS) - others == looked_at
 
 

@@ -102,7 +102,10 @@ def logprobs_of(network: Any, rollout: Rollout, temperature: float) -> Tensor:
 
 
 def scored_at(module: PPOModule, rollout: Rollout, policy: float, reference: float) -> ScoredRollout:
-    scores = {"values": torch.zeros(rollout.response_mask.shape), "scores": torch.arange(len(rollout)).float()}
+    scores = {
+        "values": torch.zeros(len(rollout), rollout.response_mask.shape[1] + 1),
+        "scores": torch.arange(len(rollout)).float(),
+    }
     return ScoredRollout(
         **vars(rollout),
         logprobs=logprobs_of(module.policy, rollout, policy),

@@ -61,6 +61,7 @@ def comparisons(tokenizer: Any) -> ComparisonBatch:
         response_mask=mask & (torch.arange(mask.shape[1]) > 3),
         prompt_index=torch.tensor([0, 0, 1, 1]),
         ranks=torch.tensor([0, 1, 0, 1]),
+        ratings=torch.zeros(4),
     )
 
 

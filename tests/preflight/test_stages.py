@@ -124,7 +124,7 @@ def test_a_healthy_run_logs_nothing(
     make: Make, prompts: PromptBatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="rlhf_lightning"):
-        fit(make(), prompts, tmp_path)
+        fit(make(missing_eos="subtract"), prompts, tmp_path)
     assert caplog.records == []
 
 
@@ -182,12 +182,9 @@ def test_a_pad_token_that_is_the_end_token_is_a_warning_in_ppo(
     assert {name: finding.status for name, finding in found.items()} == {"pad token": "warning"}
 
 
-def test_samples_per_prompt_count_where_a_module_has_them(make: Make) -> None:
-    class Several(PPOModule):
-        samples_per_prompt = 4
-
+def test_samples_per_prompt_count(make: Make) -> None:
     assert ppo_sizes(make(), 6, rollouts=1, processes=1).sequences == 6
-    assert ppo_sizes(make(None, Several), 6, rollouts=1, processes=1).sequences == 24
+    assert ppo_sizes(make(samples_per_prompt=4), 6, rollouts=1, processes=1).sequences == 24
 
 
 def test_demonstrations_without_a_learnt_end_are_named_before_fine_tuning(
