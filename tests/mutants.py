@@ -1,0 +1,630 @@
+"""Breaks the functional core, one fault at a time, and looks whether the tests notice.
+
+    uv run python tests/mutants.py            run all, print the table of docs/details.md
+    uv run python tests/mutants.py clip       only those whose name holds "clip"
+
+A mutant is one line of the package as it must not be. The tests named with it run on a copy of the tree that holds the
+fault; it is killed when one of them fails, and survives when they pass. Exits with 1 where one survives.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT = 300
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: ``old`` stands once in ``file`` and becomes ``new``; ``tests`` must notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    detail: int
+    """The number in docs/details.md."""
+
+
+FUNCTIONAL = "rlhf_lightning/functional/"
+ROLLOUT = "rlhf_lightning/rollout/"
+PPO = "rlhf_lightning/modules/ppo.py"
+PPO_TESTS = ("tests/modules/test_ppo_reference.py", "tests/modules/test_ppo.py", "tests/modules/test_invariances.py")
+
+MUTANTS = (
+    Mutant(
+        "k1 has the wrong sign",
+        FUNCTIONAL + "kl.py",
+        "    return logprobs - ref_logprobs\n",
+        "    return ref_logprobs - logprobs\n",
+        ("tests/functional/test_kl.py",),
+        1,
+    ),
+    Mutant(
+        "k2 is not halved",
+        FUNCTIONAL + "kl.py",
+        ".square() / 2\n",
+        ".square()\n",
+        ("tests/functional/test_kl.py",),
+        2,
+    ),
+    Mutant(
+        "k3 of the other direction",
+        FUNCTIONAL + "kl.py",
+        "log_ratio = ref_logprobs - logprobs",
+        "log_ratio = logprobs - ref_logprobs",
+        ("tests/functional/test_kl.py",),
+        3,
+    ),
+    Mutant(
+        "k1 differentiated in the loss",
+        FUNCTIONAL + "kl.py",
+        "    return to_go * logprobs\n",
+        "    return k1(logprobs, ref_logprobs)\n",
+        ("tests/functional/test_kl.py",),
+        2,
+    ),
+    Mutant(
+        "the weight of the score function is not detached",
+        FUNCTIONAL + "kl.py",
+        "k1(logprobs, ref_logprobs).detach()",
+        "k1(logprobs, ref_logprobs)",
+        ("tests/functional/test_kl.py",),
+        2,
+    ),
+    Mutant(
+        "KL to come counted from the wrong end",
+        FUNCTIONAL + "masking.py",
+        "kept.flip(1).cumsum(dim=1).flip(1)",
+        "kept.cumsum(dim=1)",
+        ("tests/functional/test_masking.py",),
+        2,
+    ),
+    Mutant(
+        "beta steered the wrong way",
+        FUNCTIONAL + "kl.py",
+        "max(kl / target - 1, -0.2)",
+        "max(1 - kl / target, -0.2)",
+        ("tests/functional/test_kl.py",),
+        5,
+    ),
+    Mutant(
+        "beta steered without a bound",
+        FUNCTIONAL + "kl.py",
+        "error = min(max(kl / target - 1, -0.2), 0.2)",
+        "error = kl / target - 1",
+        ("tests/functional/test_kl.py",),
+        5,
+    ),
+    Mutant(
+        "beta counts the sequences of one process",
+        PPO,
+        "episodes=responses * self.trainer.world_size",
+        "episodes=responses",
+        PPO_TESTS,
+        5,
+    ),
+    Mutant(
+        "the reference is the policy itself",
+        PPO,
+        "self.reference = deepcopy(self.policy).requires_grad_(False)",
+        "self.reference = self.policy",
+        PPO_TESTS,
+        6,
+    ),
+    Mutant(
+        "positions count padding",
+        FUNCTIONAL + "masking.py",
+        "return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)",
+        "return torch.arange(attention_mask.shape[1]).expand(attention_mask.shape).clone()",
+        ("tests/functional/test_masking.py",),
+        7,
+    ),
+    Mutant(
+        "the mask ends before the end token",
+        FUNCTIONAL + "masking.py",
+        "    return stops_before == 0\n",
+        "    return stops.long().cumsum(dim=1) == 0\n",
+        ("tests/functional/test_masking.py", "tests/rollout/test_generate.py"),
+        10,
+    ),
+    Mutant(
+        "the mask goes on after the end token",
+        FUNCTIONAL + "masking.py",
+        "    return stops_before == 0\n",
+        "    return torch.ones_like(stops)\n",
+        ("tests/functional/test_masking.py",),
+        10,
+    ),
+    Mutant(
+        "what follows the end token stays in the ids",
+        ROLLOUT + "generate.py",
+        "response_tokens = response_tokens.masked_fill(~response_mask, _pad_token_id(tokenizer))",
+        "response_tokens = response_tokens.clone()",
+        ("tests/rollout/test_generate.py",),
+        11,
+    ),
+    Mutant(
+        "a response without an end is penalised when it has one",
+        FUNCTIONAL + "rewards.py",
+        "change.masked_fill(ended, 0.0)",
+        "change.masked_fill(~ended, 0.0)",
+        ("tests/functional/test_rewards.py",),
+        12,
+    ),
+    Mutant(
+        "replace subtracts",
+        FUNCTIONAL + "rewards.py",
+        "-penalty - scores if replace else",
+        "torch.full_like(scores, -penalty) if replace else",
+        ("tests/functional/test_rewards.py",),
+        12,
+    ),
+    Mutant(
+        "the value after the end is not 0",
+        FUNCTIONAL + "advantages.py",
+        "    values = values.masked_fill(~response_mask, 0.0)\n",
+        "",
+        ("tests/functional/test_advantages.py",),
+        13,
+    ),
+    Mutant(
+        "temperature left out of the log-probabilities",
+        FUNCTIONAL + "logprobs.py",
+        "scaled = at_least_float32(logits) / temperature",
+        "scaled = at_least_float32(logits)",
+        ("tests/functional/test_logprobs.py",),
+        14,
+    ),
+    Mutant(
+        "temperature left out of the updates",
+        PPO,
+        "logprobs = gather_logprobs(logits, tokens[:, -length:], temperature=self.temperature)",
+        "logprobs = gather_logprobs(logits, tokens[:, -length:])",
+        PPO_TESTS,
+        14,
+    ),
+    Mutant(
+        "temperature left out of the draw",
+        ROLLOUT + "generate.py",
+        "probabilities = torch.softmax(logits.float() / temperature, dim=-1)",
+        "probabilities = torch.softmax(logits.float(), dim=-1)",
+        ("tests/rollout/test_generate.py",),
+        14,
+    ),
+    Mutant(
+        "top-p is let through",
+        "rlhf_lightning/modules/ppo_checks.py",
+        'settings["top_p"] == 1',
+        'settings["top_p"] <= 1',
+        ("tests/modules/test_ppo_checks.py",),
+        15,
+    ),
+    Mutant(
+        "log-softmax in half precision",
+        FUNCTIONAL + "precision.py",
+        "torch.promote_types(x.dtype, torch.float32)",
+        "x.dtype",
+        ("tests/functional/test_precision.py", "tests/functional/test_logprobs.py"),
+        17,
+    ),
+    Mutant(
+        "logits taken one position late",
+        ROLLOUT + "score.py",
+        "    return logits[:, :-1]\n",
+        "    return logits[:, 1:]\n",
+        ("tests/rollout/test_score.py",),
+        10,
+    ),
+    Mutant(
+        "all ranks sample the same noise",
+        PPO,
+        "seeded_generator(self.seed, self.global_rank, draw, device=self.device)",
+        "seeded_generator(self.seed, 0, draw, device=self.device)",
+        PPO_TESTS,
+        21,
+    ),
+    Mutant(
+        "every rollout samples the same noise",
+        PPO,
+        "seeded_generator(self.seed, self.global_rank, draw, device=self.device)",
+        "seeded_generator(self.seed, self.global_rank, 0, device=self.device)",
+        PPO_TESTS,
+        21,
+    ),
+    Mutant(
+        "the reward model finds the last token by the pad id of its config",
+        ROLLOUT + "reward.py",
+        "        network.config.get_text_config().pad_token_id = padding\n",
+        "",
+        ("tests/rollout/test_reward.py",),
+        22,
+    ),
+    Mutant(
+        "the score comes at the first token",
+        FUNCTIONAL + "rewards.py",
+        "return rewards.scatter_add(1, last_index(states).unsqueeze(1), scores",
+        "return rewards.scatter_add(1, 0 * last_index(states).unsqueeze(1), scores",
+        ("tests/functional/test_rewards.py",),
+        23,
+    ),
+    Mutant(
+        "the score comes twice",
+        FUNCTIONAL + "rewards.py",
+        "scores.unsqueeze(1).to(rewards.dtype))",
+        "2 * scores.unsqueeze(1).to(rewards.dtype))",
+        ("tests/functional/test_rewards.py",),
+        23,
+    ),
+    Mutant(
+        "KL is charged on padding",
+        FUNCTIONAL + "rewards.py",
+        "penalties = (-beta * kl).masked_fill(~response_mask, 0.0)",
+        "penalties = -beta * kl",
+        ("tests/functional/test_rewards.py",),
+        23,
+    ),
+    Mutant(
+        "scaling shifts the scores",
+        ROLLOUT + "shaping.py",
+        'shift = seen.mean if self.normalize_scores == "shift_and_scale" else 0.0',
+        "shift = seen.mean",
+        ("tests/rollout/test_shaping.py",),
+        24,
+    ),
+    Mutant(
+        "scores are clipped before they are normalised",
+        ROLLOUT + "shaping.py",
+        "self._clipped(self._normalized(scores, seen))",
+        "self._normalized(self._clipped(scores), seen)",
+        ("tests/rollout/test_shaping.py",),
+        24,
+    ),
+    Mutant(
+        "the running moments are those of one process",
+        ROLLOUT + "shaping.py",
+        "seen.add(sum_over_ranks(moments_of(scores)))",
+        "seen.add(moments_of(scores))",
+        ("tests/rollout/test_shaping.py",),
+        24,
+    ),
+    Mutant(
+        "the length penalty is a bonus",
+        ROLLOUT + "shaping.py",
+        "-self.length_penalty * scored",
+        "self.length_penalty * scored",
+        ("tests/rollout/test_shaping.py",),
+        27,
+    ),
+    Mutant(
+        "advantages leave the future out",
+        FUNCTIONAL + "advantages.py",
+        "(delta + gamma * lam * advantage)",
+        "(delta + gamma * advantage)",
+        ("tests/functional/test_advantages.py",),
+        28,
+    ),
+    Mutant(
+        "advantages are carried over padding",
+        FUNCTIONAL + "advantages.py",
+        "advantage = (delta + gamma * lam * advantage).masked_fill(~response_mask[:, t], 0.0)",
+        "advantage = delta + gamma * lam * advantage",
+        ("tests/functional/test_advantages.py",),
+        29,
+    ),
+    Mutant(
+        "whitened on each process by itself",
+        ROLLOUT + "experience.py",
+        "moments = sum_over_ranks(masked_moments(raw[:, :-1], mask))",
+        "moments = masked_moments(raw[:, :-1], mask)",
+        ("tests/rollout/test_experience.py",),
+        30,
+    ),
+    Mutant(
+        "whitened without centring",
+        FUNCTIONAL + "masking.py",
+        "scaled = (x.double() - total / count) /",
+        "scaled = x.double() /",
+        ("tests/functional/test_masking.py",),
+        30,
+    ),
+    Mutant(
+        "mean over pads",
+        FUNCTIONAL + "masking.py",
+        "return x.masked_fill(~mask, 0.0).sum() / mask.sum()",
+        "return x.masked_fill(~mask, 0.0).mean()",
+        ("tests/functional/test_masking.py",),
+        46,
+    ),
+    Mutant(
+        "a value reads the state after its token",
+        ROLLOUT + "score.py",
+        "    return values[:, -length - 1 :]\n",
+        "    return values.roll(-1, dims=1)[:, -length - 1 :]\n",
+        ("tests/rollout/test_score.py",),
+        31,
+    ),
+    Mutant(
+        "the value loss takes the smaller error",
+        FUNCTIONAL + "losses.py",
+        "0.5 * torch.maximum((values",
+        "0.5 * torch.minimum((values",
+        ("tests/functional/test_losses.py",),
+        32,
+    ),
+    Mutant(
+        "values are not clipped around the old ones",
+        FUNCTIONAL + "losses.py",
+        "clipped = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)",
+        "clipped = values",
+        ("tests/functional/test_losses.py",),
+        32,
+    ),
+    Mutant(
+        "returns from whitened advantages",
+        ROLLOUT + "experience.py",
+        "        returns = raw + values\n",
+        "        returns = torch.cat([advantages, raw[:, -1:]], dim=1) + values\n",
+        ("tests/rollout/test_experience.py",),
+        34,
+    ),
+    Mutant(
+        "the policy loss takes the larger of both",
+        FUNCTIONAL + "losses.py",
+        "-torch.minimum(ratio * advantages, clipped_ratio * advantages)",
+        "-torch.maximum(ratio * advantages, clipped_ratio * advantages)",
+        ("tests/functional/test_losses.py",),
+        36,
+    ),
+    Mutant(
+        "the ratio is clipped on one side",
+        FUNCTIONAL + "losses.py",
+        "ratio.clamp(1 - clip_range, 1 + clip_range)",
+        "ratio.clamp(max=1 + clip_range)",
+        ("tests/functional/test_losses.py",),
+        36,
+    ),
+    Mutant(
+        "the policy loss has the wrong sign",
+        FUNCTIONAL + "losses.py",
+        "    return -advantages * logprobs\n",
+        "    return advantages * logprobs\n",
+        ("tests/functional/test_losses.py",),
+        36,
+    ),
+    Mutant(
+        "each micro-batch is a mean of its own",
+        PPO,
+        "else masked_sum(x, part.response_mask).sum() / tokens",
+        "else masked_sum(x, part.response_mask).sum() / part.response_mask.sum()",
+        PPO_TESTS,
+        37,
+    ),
+    Mutant(
+        "the mean of the processes is not undone",
+        PPO,
+        "self.manual_backward(self._loss(means, policy_scale) * self.trainer.world_size)",
+        "self.manual_backward(self._loss(means, policy_scale))",
+        PPO_TESTS,
+        37,
+    ),
+    Mutant(
+        "dropout stays on",
+        PPO,
+        "        self.eval()\n        without_dropout_on_purpose()\n",
+        "        self.train()\n        without_dropout_on_purpose()\n",
+        PPO_TESTS,
+        38,
+    ),
+    Mutant("Adam's usual eps", PPO, "adamw(groups, eps=1e-5,", "adamw(groups, eps=1e-8,", PPO_TESTS, 39),
+    Mutant(
+        "the schedule counts rollouts, not updates",
+        PPO,
+        "total = self.trainer.estimated_stepping_batches * updates_per_rollout",
+        "total = self.trainer.estimated_stepping_batches",
+        PPO_TESTS,
+        40,
+    ),
+    Mutant(
+        "one norm for policy and critic",
+        PPO,
+        'norms = [clip_grad_norm_(group["params"], self.max_grad_norm) for group in optimizer.param_groups]',
+        'norms = [clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.max_grad_norm)] * 2',
+        PPO_TESTS,
+        41,
+    ),
+    Mutant(
+        "minibatches are not shuffled",
+        ROLLOUT + "experience.py",
+        "order = torch.randperm(len(experience), generator=generator)",
+        "order = torch.arange(len(experience))",
+        ("tests/rollout/test_experience.py",),
+        42,
+    ),
+    Mutant(
+        "the pretraining gradient is not weighted",
+        PPO,
+        "self.manual_backward(self.ptx_coef * loss * self.trainer.world_size)",
+        "self.manual_backward(loss * self.trainer.world_size)",
+        ("tests/modules/test_ptx.py",),
+        44,
+    ),
+    Mutant(
+        "the updates never stop early",
+        PPO,
+        "float(approx_kl) > self.target_kl",
+        "float(approx_kl) < 0",
+        PPO_TESTS,
+        45,
+    ),
+    Mutant(
+        "the entropy bonus is a price",
+        PPO,
+        'means["policy_loss"] - self.entropy_coef * means["entropy"]',
+        'means["policy_loss"] + self.entropy_coef * means["entropy"]',
+        PPO_TESTS,
+        47,
+    ),
+    Mutant(
+        "entropy without the temperature",
+        FUNCTIONAL + "logprobs.py",
+        "torch.log_softmax(at_least_float32(logits) / temperature, dim=-1)",
+        "torch.log_softmax(at_least_float32(logits), dim=-1)",
+        ("tests/functional/test_logprobs.py",),
+        47,
+    ),
+    Mutant(
+        "the moving average is the policy",
+        PPO,
+        "average.lerp_(weight, 1 - self.ema_decay)",
+        "average.lerp_(weight, 1.0)",
+        PPO_TESTS,
+        48,
+    ),
+    Mutant(
+        "a response is compared with itself, too",
+        FUNCTIONAL + "advantages.py",
+        "others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)",
+        "others = groups.mean(dim=1, keepdim=True)",
+        ("tests/functional/test_advantages.py",),
+        28,
+    ),
+    Mutant(
+        "ties are pairs",
+        FUNCTIONAL + "losses.py",
+        "better = ranks.unsqueeze(1) < ranks.unsqueeze(0)",
+        "better = ranks.unsqueeze(1) <= ranks.unsqueeze(0)",
+        ("tests/functional/test_losses.py",),
+        51,
+    ),
+    Mutant(
+        "pairs across prompts",
+        FUNCTIONAL + "losses.py",
+        "same_prompt & better",
+        "better",
+        ("tests/functional/test_losses.py",),
+        51,
+    ),
+    Mutant(
+        "a mean over pairs, not over prompts",
+        FUNCTIONAL + "losses.py",
+        "    return (losses / pairs_of_prompt[prompt_index[winners]]).sum() / (pairs_of_prompt > 0).sum()\n",
+        "    return losses.mean()\n",
+        ("tests/functional/test_losses.py",),
+        51,
+    ),
+    Mutant(
+        "margins are added",
+        "rlhf_lightning/modules/reward.py",
+        "scores - self.margin_coef * batch.ratings",
+        "scores + self.margin_coef * batch.ratings",
+        ("tests/modules/test_reward.py",),
+        51,
+    ),
+    Mutant(
+        "the head is drawn with variance 1",
+        "rlhf_lightning/networks/scalar_head.py",
+        "generator=generator) * std",
+        "generator=generator)",
+        ("tests/networks/test_scalar_head.py",),
+        52,
+    ),
+    Mutant(
+        "the running moments are not in the checkpoint",
+        PPO,
+        '        self.seen_scores = RunningMoments(**state["seen_scores"])\n',
+        "",
+        PPO_TESTS,
+        55,
+    ),
+)
+
+
+def result_of(mutant: Mutant) -> tuple[Mutant, str, float]:
+    """Return "killed", "survived" or what else came of a mutant, and the seconds."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("rlhf_lightning", "tests", "conf"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        file = copy / mutant.file
+        source = file.read_text("utf-8")
+        if source.count(mutant.old) != 1:
+            return mutant, f"stale: the line stands {source.count(mutant.old)} times", 0.0
+        file.write_text(source.replace(mutant.old, mutant.new), "utf-8")
+        code = run_tests(copy, mutant.tests)
+    # 1: tests failed; 2: the fault stops their collection.
+    found = {0: "survived", 1: "killed", 2: "killed"}
+    return mutant, found.get(code, f"exit code {code}"), time.perf_counter() - start
+
+
+def run_tests(copy: Path, tests: tuple[str, ...]) -> int:
+    """Return pytest's exit code for the tests of a copy, in a process that has imported the slow libraries already."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.chdir(copy)
+        sys.path.insert(0, str(copy))
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        import pytest
+
+        os._exit(int(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests])))
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.1)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return 1  # A fault that hangs the tests is noticed.
+
+
+def table(results: list[tuple[Mutant, str, float]]) -> str:
+    """Return the results as a Markdown table."""
+    rows = [f"| {m.detail} | {m.name} | `{Path(m.file).stem}` | {found} |" for m, found, _ in results]
+    return "\n".join(["| detail | fault | file | |", "|---|---|---|---|", *rows])
+
+
+def main() -> None:
+    """Run the mutants that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", nargs="?", default="", help="only mutants whose name holds this")
+    parser.add_argument("--jobs", type=int, default=2)
+    wanted = parser.parse_args()
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
+    # What every child needs and takes seconds to import; the package itself must come from each copy.
+    import datasets  # noqa: F401
+    import hypothesis  # noqa: F401
+    import lightning  # noqa: F401
+    import torchmetrics.text  # noqa: F401
+    import transformers.models.gpt2.modeling_gpt2
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    assert not any(name.startswith("rlhf_lightning") for name in sys.modules)
+    chosen = [mutant for mutant in MUTANTS if wanted.name in mutant.name]
+    with ThreadPoolExecutor(wanted.jobs) as pool:
+        results = []
+        for mutant, found, seconds in pool.map(result_of, chosen):
+            results.append((mutant, found, seconds))
+            print(f"{found:<10}{seconds:6.1f} s  {mutant.name}", file=sys.stderr, flush=True)
+    print(table(results))
+    killed = sum(found == "killed" for _, found, _ in results)
+    print(f"\n{killed} of {len(results)} killed")
+    sys.exit(killed != len(results))
+
+
+if __name__ == "__main__":
+    main()
