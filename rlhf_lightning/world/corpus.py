@@ -24,9 +24,9 @@ class Flaws:
     """One or two sentences more than asked for; where nothing is left to tell, they drift to another topic."""
     too_short: float = 0.05
     """One sentence less, where more than one was asked for; never together with too many."""
-    off_register: float = 0.50
+    off_register: float = 0.40
     """All of it in the register of another audience."""
-    off_topic: float = 0.15
+    off_topic: float = 0.25
     """A fact of another topic in place of one."""
 
 

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,13 @@ def test_the_parts_and_the_kl_add_up_to_the_reward(scored: Make) -> None:
     parts = ["shaped_score", "missing_eos_part", "length_part", "repetition_part", "kl_part"]
     assert all(found[name] != 0 for name in parts if name != "repetition_part")
     assert sum(found[name] for name in parts) == pytest.approx(found["reward"], abs=1e-6)
+
+
+def test_each_part_of_a_reward_made_of_several_is_a_metric_of_its_name(scored: Make) -> None:
+    polite, helpful = torch.arange(6.0), torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0, 2.0])
+    found = metrics_of(replace(scored(), score_parts={"polite": polite, "helpful/std": helpful}))
+    assert found["score_polite"] == pytest.approx(2.5)
+    assert found["score_helpful/std"] == pytest.approx(0.75)
 
 
 def test_a_reward_that_loves_length_shows_in_the_correlation(scored: Make) -> None:

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.world.corpus import Flaws, demonstrations, prompts, raw_text
+from rlhf_lightning.world.corpus import LISTS, Flaws, demonstrations, prompts, raw_text
 from rlhf_lightning.world.instructions import AUDIENCES, parse, split
 from rlhf_lightning.world.judge import Judge, Verdict
 from rlhf_lightning.world.topics import facts
@@ -26,9 +26,9 @@ def verdicts(flaws: Flaws) -> list[Verdict]:
     return [Judge().judge(**row) for row in demonstrations(TRAIN, seed=0, flaws=flaws)]
 
 
-def test_about_half_of_the_raw_texts_are_lists_of_three_to_six_instructions() -> None:
+def test_some_of_the_raw_texts_are_lists_of_three_to_six_instructions() -> None:
     lists = [text for text in RAW if is_instruction(text.splitlines()[0])]
-    assert len(lists) / len(RAW) == pytest.approx(0.5, abs=0.05)
+    assert len(lists) / len(RAW) == pytest.approx(LISTS, abs=0.05)
     assert {len(text.splitlines()) for text in lists} == {3, 4, 5, 6}
 
 
@@ -91,8 +91,15 @@ def test_demonstrations_answer_the_instructions_in_their_order() -> None:
 
 def test_few_demonstrations_are_flawless_and_most_well_below() -> None:
     scores = [verdict.score for verdict in verdicts(Flaws())]
-    assert 0.08 <= sum(score == 0 for score in scores) / len(scores) <= 0.18
-    assert -2.5 <= sum(scores) / len(scores) <= -1.5
+    assert 0.08 <= sum(score == 0 for score in scores) / len(scores) <= 0.25
+    assert -2.0 <= sum(scores) / len(scores) <= -0.75
+
+
+def test_people_who_drift_have_begun_with_the_topic() -> None:
+    for row in demonstrations(TRAIN, seed=0, flaws=Flaws(**{**vars(NONE), "off_topic": 1.0})):
+        first, *others = (sentence for sentence in row["response"].split(". "))
+        assert Judge().judge(row["prompt"], f"{first}.").on_topic == 1
+        assert others
 
 
 def test_people_without_flaws_answer_flawlessly() -> None:

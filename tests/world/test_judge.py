@@ -11,6 +11,7 @@ from rlhf_lightning.world.instructions import split
 from rlhf_lightning.world.judge import (
     HALF_RIGHT,
     NO_ANSWER,
+    OFF_REGISTER,
     Judge,
     ceiling,
     label,
@@ -66,8 +67,8 @@ def test_the_verdict_counts_what_it_found() -> None:
     [
         pytest.param([FALLS], HALF_RIGHT, id="too short"),
         pytest.param([FALLS, GROWS, BEGAN, DROPS], HALF_RIGHT, id="too long"),
-        pytest.param([FALLS, GROWS_TECHNICALLY], HALF_RIGHT, id="a sentence off register"),
-        pytest.param([FALLS_TECHNICALLY, GROWS_TECHNICALLY], 2 * HALF_RIGHT, id="all off register"),
+        pytest.param([FALLS, GROWS_TECHNICALLY], OFF_REGISTER["simple"], id="a sentence off register"),
+        pytest.param([FALLS_TECHNICALLY, GROWS_TECHNICALLY], 2 * OFF_REGISTER["simple"], id="all off register"),
         pytest.param([FALLS, GROWS, BEES], 1, id="another topic beside two facts"),
         pytest.param([FALLS, BEES], 1, id="another topic"),
         pytest.param([BEES, FALSE], 2 + NO_ANSWER, id="nothing of the topic"),
@@ -86,7 +87,7 @@ def test_each_fault_costs_what_it_says(sentences: list[str], cost: float) -> Non
 
 
 def test_the_register_is_the_one_of_the_audience() -> None:
-    assert score(EXPERT, FALLS, GROWS) == pytest.approx(-2 * HALF_RIGHT)
+    assert score(EXPERT, FALLS, GROWS) == pytest.approx(-2 * OFF_REGISTER["technical"])
 
 
 @pytest.mark.parametrize("response", ["", "  \n"])
@@ -189,3 +190,8 @@ def test_the_ceiling_is_the_judges_own_accuracy_with_ties_as_half() -> None:
 def test_there_is_no_ceiling_without_comparisons() -> None:
     with pytest.raises(InputError, match="at least one comparison"):
         ceiling([])
+
+
+def test_experts_forgive_simple_words_more_easily_than_children_technical_ones() -> None:
+    assert score(EXPERT, FALLS, GROWS) > score(FEW, FALLS_TECHNICALLY, GROWS_TECHNICALLY)
+    assert score(EXPERT, FALLS, GROWS) < score(EXPERT, FALLS_TECHNICALLY, GROWS_TECHNICALLY) == 0
