@@ -480,7 +480,9 @@ class PPOModule(LanguageModule):
         pretraining = {} if self.ptx_batches is None else self._add_ptx_gradients(next(self.ptx_batches))
         # Means over the whole optimizer step: the counts must be known before the first micro-batch.
         own = [minibatch.response_mask.sum(), minibatch.value_mask.sum(), torch.tensor(len(minibatch))]
-        tokens, states, sequences = self.sum_over_ranks(torch.tensor([float(n) for n in own], device=self.device))
+        counts = self.sum_over_ranks(torch.tensor([float(n) for n in own], device=self.device))
+        # As plain numbers: a quotient of two of them is then as precise as the losses may be.
+        tokens, states, sequences = counts.tolist()
         policy_scale = tokens / sequences if self.loss_mean == "sequences" else 1.0
         sums: dict[str, Tensor] = {}
         parts = list(trimmed_micro_batches(minibatch, micro_batch_size=self.micro_batch_size))
@@ -499,7 +501,7 @@ class PPOModule(LanguageModule):
         totals = self.sum_over_ranks(torch.stack(list(sums.values())))
         return dict(zip(sums, totals, strict=True)) | pretraining
 
-    def _loss(self, means: dict[str, Tensor], policy_scale: Tensor | float) -> Tensor:
+    def _loss(self, means: dict[str, Tensor], policy_scale: float) -> Tensor:
         """Return what is minimised: the policy's terms, and the critic's beside them."""
         policy = means["policy_loss"] - self.entropy_coef * means["entropy"]
         if "kl_loss" in means:

@@ -41,7 +41,7 @@ def read_logprobs(
     network: nn.Module, rollout: Rollout, *, temperature: float, micro_batch_size: int, pad_columns: int = 0
 ) -> Tensor:
     """Return the log-probabilities (B, R) of the responses, 0 after their ends, with pad columns on the left."""
-    found = torch.zeros(rollout.response_mask.shape, device=rollout.tokens.device)
+    found = torch.zeros(rollout.response_mask.shape, dtype=_stored(network), device=rollout.tokens.device)
     for rows, tokens, mask, response_mask in _padded(rollout, micro_batch_size, pad_columns):
         length = response_mask.shape[1]
         logits = response_logits(network, tokens, mask, length=length)
@@ -53,7 +53,7 @@ def read_logprobs(
 def read_values(critic: nn.Module, rollout: Rollout, *, micro_batch_size: int, pad_columns: int = 0) -> Tensor:
     """Return the values (B, R + 1) of the states before and after the response tokens, 0 after their ends."""
     sequences, longest = rollout.response_mask.shape
-    found = torch.zeros(sequences, longest + 1, device=rollout.tokens.device)
+    found = torch.zeros(sequences, longest + 1, dtype=_stored(critic), device=rollout.tokens.device)
     for rows, tokens, mask, response_mask in _padded(rollout, micro_batch_size, pad_columns):
         length = response_mask.shape[1]
         values = response_values(critic, tokens, mask, length=length)
@@ -249,6 +249,11 @@ def first_experience(scored: ScoredRollout) -> Experience:
 def largest(x: Tensor) -> float:
     """Return the largest absolute value, infinity where one is no number."""
     return float(x.abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max())
+
+
+def _stored(network: nn.Module) -> torch.dtype:
+    """Return the type that a network's log-probabilities and values come in."""
+    return torch.promote_types(next(network.parameters()).dtype, torch.float32)
 
 
 def _alike(one: Tensor, other: Tensor, network: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.functional.logprobs import gather_logprobs
+from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.rollout.generate import generate
 from rlhf_lightning.types import PromptBatch, Rollout
 
@@ -56,7 +57,8 @@ def sample_probe(
 
 
 def _sampler_logprobs(rollout: Rollout, steps: list[tuple[Tensor, Tensor]], temperature: float) -> Tensor:
-    logprobs = torch.zeros(rollout.response_mask.shape, device=rollout.tokens.device)
+    dtype = at_least_float32(steps[0][1]).dtype
+    logprobs = torch.zeros(rollout.response_mask.shape, dtype=dtype, device=rollout.tokens.device)
     for t, (rows, logits) in enumerate(steps):
         tokens = rollout.response_tokens[rows, t : t + 1]
         logprobs[rows, t] = gather_logprobs(logits.unsqueeze(1), tokens, temperature=temperature).squeeze(1)

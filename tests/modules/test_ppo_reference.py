@@ -45,6 +45,10 @@ def responses(scored: ScoredRollout) -> list[tuple[Tensor, int]]:
     return [(row[mask], n) for row, mask, n in zip(scored.tokens, scored.attention_mask, lengths, strict=True)]
 
 
+EPS = 1e-8
+"""What `center_and_scale` and `group_normalized` add to a standard deviation."""
+
+
 def mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers)
 
@@ -77,7 +81,7 @@ def gae_by_hand(scored: ScoredRollout, rewards: Rows) -> tuple[Rows, Rows]:
     returns = [[a + scored.values[row, t].item() for t, a in enumerate(of_row)] for row, of_row in enumerate(raw)]
     lengths = [length for _, length in responses(scored)]
     flat = [a for of_row, n in zip(raw, lengths, strict=True) for a in of_row[:n]]
-    centre, scale = mean(flat), deviation(flat)
+    centre, scale = mean(flat), deviation(flat) + EPS
     return [[(a - centre) / scale for a in of_row[:n]] for of_row, n in zip(raw, lengths, strict=True)], returns
 
 
@@ -90,7 +94,7 @@ def whole_by_hand(rewards: Rows, settings: dict[str, str]) -> list[float]:
         if settings["advantage"] == "rloo":
             found.append(total - (sum(group) - total) / (GROUP - 1))
         elif settings["advantage"] == "grpo":
-            found.append((total - mean(group)) / deviation(group))
+            found.append((total - mean(group)) / (deviation(group) + EPS))
         elif settings["baseline"] == "running":
             found.append(total - mean(SEEN))
         else:
