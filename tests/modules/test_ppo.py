@@ -79,6 +79,8 @@ def make(policy: Callable[..., Any], tokenizer: Any) -> Callable[..., Watching]:
             "learning_rate": 1e-3,
             "critic_learning_rate": 1e-3,
             "max_new_tokens": 6,
+            # What it finds, it is tested for itself; here networks are pulled apart on purpose.
+            "preflight": False,
         }
         return Watching(network, **{**defaults, **settings})
 

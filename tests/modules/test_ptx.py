@@ -131,6 +131,7 @@ def make(policy: Callable[..., Any], tokenizer: Any, texts: Callable[..., SFTDat
             "micro_batch_size": 2,
             "learning_rate": 1e-3,
             "max_new_tokens": 5,
+            "preflight": False,
         }
         return Watching(network, **{**defaults, **settings}).double()
 
