@@ -37,7 +37,7 @@ class Mutant:
 FUNCTIONAL = "rlhf_lightning/functional/"
 ROLLOUT = "rlhf_lightning/rollout/"
 PPO = "rlhf_lightning/modules/ppo.py"
-PPO_TESTS = ("tests/modules/test_ppo_reference.py", "tests/modules/test_ppo.py", "tests/modules/test_invariances.py")
+PPO_TESTS = "tests/modules/test_ppo.py::"
 
 MUTANTS = (
     Mutant(
@@ -109,7 +109,7 @@ MUTANTS = (
         PPO,
         "episodes=responses * self.trainer.world_size",
         "episodes=responses",
-        PPO_TESTS,
+        (PPO_TESTS + "test_two_processes_stop_together_and_keep_one_average_one_beta_and_one_scale_of_scores",),
         5,
     ),
     Mutant(
@@ -117,7 +117,7 @@ MUTANTS = (
         PPO,
         "self.reference = deepcopy(self.policy).requires_grad_(False)",
         "self.reference = self.policy",
-        PPO_TESTS,
+        (PPO_TESTS + "test_the_first_rollout_logs_a_kl_of_0_and_the_next_one_does_not",),
         6,
     ),
     Mutant(
@@ -189,7 +189,7 @@ MUTANTS = (
         PPO,
         "logprobs = gather_logprobs(logits, tokens[:, -length:], temperature=self.temperature)",
         "logprobs = gather_logprobs(logits, tokens[:, -length:])",
-        PPO_TESTS,
+        (PPO_TESTS + "test_on_its_own_fresh_rollout_the_ratio_is_1",),
         14,
     ),
     Mutant(
@@ -229,7 +229,7 @@ MUTANTS = (
         PPO,
         "seeded_generator(self.seed, self.global_rank, draw, device=self.device)",
         "seeded_generator(self.seed, 0, draw, device=self.device)",
-        PPO_TESTS,
+        (PPO_TESTS + "test_two_processes_have_the_gradient_and_metrics_of_one_with_both_rollouts",),
         21,
     ),
     Mutant(
@@ -237,7 +237,7 @@ MUTANTS = (
         PPO,
         "seeded_generator(self.seed, self.global_rank, draw, device=self.device)",
         "seeded_generator(self.seed, self.global_rank, 0, device=self.device)",
-        PPO_TESTS,
+        (PPO_TESTS + "test_the_rollout_depends_on_seed_and_step_alone",),
         21,
     ),
     Mutant(
@@ -405,7 +405,7 @@ MUTANTS = (
         PPO,
         "else masked_sum(x, part.response_mask).sum() / tokens",
         "else masked_sum(x, part.response_mask).sum() / part.response_mask.sum()",
-        PPO_TESTS,
+        (PPO_TESTS + "test_losses_and_gradients_do_not_depend_on_the_size_of_the_micro_batch",),
         37,
     ),
     Mutant(
@@ -413,7 +413,7 @@ MUTANTS = (
         PPO,
         "self.manual_backward(self._loss(means, policy_scale) * self.trainer.world_size)",
         "self.manual_backward(self._loss(means, policy_scale))",
-        PPO_TESTS,
+        (PPO_TESTS + "test_two_processes_have_the_gradient_and_metrics_of_one_with_both_rollouts",),
         37,
     ),
     Mutant(
@@ -421,16 +421,23 @@ MUTANTS = (
         PPO,
         "        self.eval()\n        without_dropout_on_purpose()\n",
         "        self.train()\n        without_dropout_on_purpose()\n",
-        PPO_TESTS,
+        (PPO_TESTS + "test_dropout_of_the_networks_has_no_part",),
         38,
     ),
-    Mutant("Adam's usual eps", PPO, "adamw(groups, eps=1e-5,", "adamw(groups, eps=1e-8,", PPO_TESTS, 39),
+    Mutant(
+        "Adam's usual eps",
+        PPO,
+        "adamw(groups, eps=1e-5,",
+        "adamw(groups, eps=1e-8,",
+        (PPO_TESTS + "test_the_optimizer_is_adam_without_weight_decay_and_with_the_eps_of_huang_et_al",),
+        39,
+    ),
     Mutant(
         "the schedule counts rollouts, not updates",
         PPO,
         "total = self.trainer.estimated_stepping_batches * updates_per_rollout",
         "total = self.trainer.estimated_stepping_batches",
-        PPO_TESTS,
+        (PPO_TESTS + "test_the_learning_rates_fall_linearly_to_0_over_all_updates",),
         40,
     ),
     Mutant(
@@ -438,7 +445,7 @@ MUTANTS = (
         PPO,
         'norms = [clip_grad_norm_(group["params"], self.max_grad_norm) for group in optimizer.param_groups]',
         'norms = [clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.max_grad_norm)] * 2',
-        PPO_TESTS,
+        (PPO_TESTS + "test_gradients_of_policy_and_critic_are_clipped_each_by_its_own_norm",),
         41,
     ),
     Mutant(
@@ -462,7 +469,7 @@ MUTANTS = (
         PPO,
         "float(approx_kl) > self.target_kl",
         "float(approx_kl) < 0",
-        PPO_TESTS,
+        (PPO_TESTS + "test_a_policy_that_moved_too_far_is_not_updated_again_with_the_same_rollout",),
         45,
     ),
     Mutant(
@@ -470,7 +477,7 @@ MUTANTS = (
         PPO,
         'means["policy_loss"] - self.entropy_coef * means["entropy"]',
         'means["policy_loss"] + self.entropy_coef * means["entropy"]',
-        PPO_TESTS,
+        ("tests/modules/test_ppo_reference.py",),
         47,
     ),
     Mutant(
@@ -486,7 +493,7 @@ MUTANTS = (
         PPO,
         "average.lerp_(weight, 1 - self.ema_decay)",
         "average.lerp_(weight, 1.0)",
-        PPO_TESTS,
+        (PPO_TESTS + "test_the_moving_average_moves_once_a_rollout_and_is_what_is_exported",),
         48,
     ),
     Mutant(
@@ -542,7 +549,7 @@ MUTANTS = (
         PPO,
         '        self.seen_scores = RunningMoments(**state["seen_scores"])\n',
         "",
-        PPO_TESTS,
+        (PPO_TESTS + "test_with_everything_on_a_run_goes_on_from_its_checkpoint_bit_for_bit",),
         55,
     ),
 )

@@ -21,7 +21,6 @@ def gae(
     response token is 0: a response is an episode that has ended.
     """
     values = values.masked_fill(~response_mask, 0.0)
-    rewards = rewards.masked_fill(~response_mask, 0.0)
     advantages = torch.zeros_like(values)
     advantage = next_value = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):

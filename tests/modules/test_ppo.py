@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_lightning.data import SFTDataModule
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.functional.kl import adapted_beta
 from rlhf_lightning.modules import PPOModule
 from rlhf_lightning.modules.ppo import seeded_generator
 from rlhf_lightning.networks import save_pretrained
@@ -1055,12 +1056,14 @@ def test_two_processes_stop_together_and_keep_one_average_one_beta_and_one_scale
         def setup(self, stage: str) -> None:
             super().setup(stage)
             self.own: list[float] = []
+            self.kls: list[float] = []
 
         def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
             # Rollouts of different length on the two processes.
             half = batch.rows(torch.arange(3) + 3 * self.global_rank)
             self.max_new_tokens = 2 + 6 * self.global_rank
             super().training_step(half, batch_idx)
+            self.kls.append(float(self.trainer.callback_metrics["ppo/kl"]))
 
         def _accumulate_gradients(self, minibatch: Experience) -> dict[str, Tensor]:
             own = [(part, self.losses(part)) for part in trimmed_micro_batches(minibatch, micro_batch_size=8)]
@@ -1069,7 +1072,7 @@ def test_two_processes_stop_together_and_keep_one_average_one_beta_and_one_scale
 
         def on_train_end(self) -> None:
             state = {"beta": self.beta, "updates": self.updates, "seen": vars(self.seen_scores)}
-            found = {"own": self.own, "state": state, "weights": self.state_dict()}
+            found = {"own": self.own, "kls": self.kls, "state": state, "weights": self.state_dict()}
             torch.save(found | {"rollouts": self.trainer.global_step}, tmp_path / f"{self.global_rank}.pt")
 
     def run(target_kl: float | None) -> list[Any]:
@@ -1095,5 +1098,10 @@ def test_two_processes_stop_together_and_keep_one_average_one_beta_and_one_scale
     assert first["state"] == second["state"]
     assert first["state"]["updates"] < 8
     assert first["state"]["seen"]["count"] == 12
+    beta = make().beta
+    for kl in first["kls"]:
+        # The six responses of both processes are the episodes.
+        beta = adapted_beta(beta, kl, target=0.1, horizon=20.0, episodes=6)
+    assert first["state"]["beta"] == pytest.approx(beta, rel=1e-5)
     assert not differ(first["weights"], second["weights"])
     assert {name.split(".")[0] for name in first["weights"]} == {"policy", "critic", "ema"}
