@@ -4,7 +4,7 @@ from typing import Any, cast
 
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 
 class RoomyLayer(DynamicLayer):
@@ -40,5 +40,6 @@ class RoomyLayer(DynamicLayer):
 
 
 def make_room(cache: Any, room: int) -> None:
-    """Give every plain layer of a cache room for so many tokens; layers of another kind stay as they are."""
-    cache.layers = [RoomyLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    """Give every plain layer of a cache room for so many tokens; layers and caches of another kind stay as they are."""
+    if isinstance(cache, Cache):
+        cache.layers = [RoomyLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]

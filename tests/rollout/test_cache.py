@@ -53,3 +53,15 @@ def test_layers_of_another_kind_stay() -> None:
     cache.layers[1].update(states, states)
     make_room(cache, 5)
     assert [type(layer) for layer in cache.layers] == [StaticLayer, RoomyLayer]
+
+
+def test_a_cache_of_another_kind_stays_as_it_is() -> None:
+    class States:
+        """What a network without attention may remember."""
+
+        def __init__(self) -> None:
+            self.last = torch.zeros(1)
+
+    cache = States()
+    make_room(cache, 5)
+    assert list(vars(cache)) == ["last"]

@@ -95,13 +95,6 @@ def test_few_demonstrations_are_flawless_and_most_well_below() -> None:
     assert -2.0 <= sum(scores) / len(scores) <= -0.75
 
 
-def test_people_who_drift_have_begun_with_the_topic() -> None:
-    for row in demonstrations(TRAIN, seed=0, flaws=Flaws(**{**vars(NONE), "off_topic": 1.0})):
-        first, *others = (sentence for sentence in row["response"].split(". "))
-        assert Judge().judge(row["prompt"], f"{first}.").on_topic == 1
-        assert others
-
-
 def test_people_without_flaws_answer_flawlessly() -> None:
     assert {verdict.score for verdict in verdicts(NONE)} == {0}
 
