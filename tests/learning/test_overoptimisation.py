@@ -1,9 +1,11 @@
 """Against a proxy the true reward rises first and then falls (Gao et al. 2022): the proxy is gold plus a fixed error.
 
-Most errors are small and a few are large: odd powers of normal numbers. What the proxy likes best owes that to them.
+What a proxy likes best must owe that to an error: the errors of the best of n have heavy tails, those of training a
+blind spot.
 """
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -29,7 +31,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 # The best of n, exactly ---------------------------------------------------
 
 # Of a large n the best is always the same response; a hundred prompts make its gold reward no chance.
-PROMPTS, RESPONSES = 100, 2_000
+ROWS, RESPONSES = 100, 2_000
 
 
 def best_of_n_policies(reference: Tensor, proxy: Tensor) -> list[Tensor]:
@@ -50,7 +52,7 @@ def means(family: list[Tensor], of: Tensor) -> Tensor:
 def test_along_the_best_of_n_the_gold_reward_rises_and_falls_with_the_distance_and_the_proxy_never_falls(
     seed: int,
 ) -> None:
-    scores, gold, errors = random(seed, 3, PROMPTS, RESPONSES)
+    scores, gold, errors = random(seed, 3, ROWS, RESPONSES)
     reference, proxy = scores.softmax(-1), gold + 0.3 * errors**3
     policies = best_of_n_policies(reference, proxy)
     distances = torch.stack([kl(policy, reference).mean() for policy in policies]).sqrt()
@@ -66,7 +68,7 @@ def test_along_the_best_of_n_the_gold_reward_rises_and_falls_with_the_distance_a
 
 
 def test_along_the_best_of_n_for_the_gold_reward_itself_it_never_falls() -> None:
-    scores, gold = random(0, 2, PROMPTS, RESPONSES)
+    scores, gold = random(0, 2, ROWS, RESPONSES)
     golds = means(best_of_n_policies(scores.softmax(-1), gold), gold)
     assert (golds.diff() > -1e-6).all()
     assert golds[-1] > golds[0] + 1
@@ -84,25 +86,29 @@ def test_the_best_of_n_is_as_far_away_as_the_formula_says_while_n_is_small_to_th
 # Training --------------------------------------------------------------------
 
 LETTERS = "abcdef"
+PROMPTS = ["a", "bca"]
 
 
 def rewards(seed: int, error: float) -> tuple[Callable[[str, str], float], Callable[[str, str], float]]:
     """Gold and proxy: the gold reward adds up its letters' worth, from -1 for an a to 1 for an f.
 
-    The errors of one prompt are those of the other with the letters in opposite order, so that what they favour is on
-    average neither good nor bad.
+    The proxy errs by noise everywhere, and has a blind spot for each prompt: 33 times the noise too much for one
+    response of two letters. Which one is chance, among those that are no better than the average.
     """
-    opposite = str.maketrans(LETTERS, LETTERS[::-1])
     generator = torch.Generator().manual_seed(seed)
-    errors: dict[str, float] = {}
+    errors: dict[tuple[str, str], float] = {}
 
     def gold(prompt: str, response: str) -> float:
         return sum(LETTERS.index(letter) / 2.5 - 1 for letter in response)
 
+    poor = [pair for pair in map("".join, product(LETTERS, repeat=2)) if gold("", pair) <= 0]
+    blind_spots = {prompt: poor[int(torch.randint(len(poor), (), generator=generator))] for prompt in PROMPTS}
+
     def proxy(prompt: str, response: str) -> float:
-        key = response if len(prompt) == 1 else response.translate(opposite)
+        key = prompt, response
         if key not in errors:
-            errors[key] = torch.randn((), generator=generator).item() ** 5
+            noise = torch.randn((), generator=generator).item()
+            errors[key] = noise + 100 / 3 * (response == blind_spots[prompt])
         return gold(prompt, response) + error * errors[key]
 
     return gold, proxy
@@ -115,7 +121,7 @@ def trained_path(
     """Train against a proxy without a KL penalty; return distance, gold and proxy after each rollout, all exact."""
 
     def run(*, seed: int, error: float) -> tuple[Tensor, Tensor, Tensor]:
-        space = enumerable(letters=LETTERS, max_new_tokens=3, seed=seed)
+        space = enumerable(letters=LETTERS, max_new_tokens=2, seed=seed)
         gold, proxy = rewards(seed, error)
         golds, proxies, before = space.scores(gold), space.scores(proxy), space.logprobs().exp()
         path: list[Tensor] = []
@@ -131,8 +137,8 @@ def trained_path(
             beta=0.0,
             missing_eos="subtract",
             missing_eos_penalty=0.0,
-            prompts=256,
-            minibatch_size=256,
+            prompts=512,
+            minibatch_size=512,
             ppo_epochs=1,
             learning_rate=0.05,
             critic_learning_rate=0.05,
@@ -146,15 +152,15 @@ def trained_path(
     return run
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_training_against_a_proxy_raises_the_gold_reward_and_then_loses_it(
-    trained_path: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    trained_path: Callable[..., tuple[Tensor, Tensor, Tensor]], seed: int
 ) -> None:
-    # In this world a hundred rollouts reach what the proxy overrates; in others training takes longer to find it.
-    distances, golds, proxies = trained_path(seed=1, error=0.2)
+    distances, golds, proxies = trained_path(seed=seed, error=0.3)
     peak = int(golds.argmax())
     gained, lost = golds[peak] - golds[0], golds[peak] - golds[-1]
     assert gained > 0.1
-    assert lost > gained / 3
+    assert lost > gained / 2
     assert distances[0] < distances[peak] < distances[-1]
     assert proxies[0] < proxies[peak] < proxies[-1]
 
