@@ -39,10 +39,11 @@ def k1_weighted(
 def adapted_beta(beta: float, kl: float, *, target: float, horizon: float, episodes: int) -> float:
     """Return beta * (1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon) (Ziegler et al. 2019, sec. 2.2).
 
-    ``kl`` and ``target`` are nats a response, ``kl`` the mean of ``episodes`` responses. Raises `ValueError` for a
-    ``kl`` that is not finite: a penalty of NaN would never recover.
+    More episodes than the horizon count as the horizon: beta moves by at most a fifth, and keeps its sign. ``kl`` and
+    ``target`` are nats a response, ``kl`` the mean of ``episodes`` responses. Raises `ValueError` for a ``kl`` that is
+    not finite: a penalty of NaN would never recover.
     """
     if not math.isfinite(kl):
         raise ValueError(f"kl={kl} must be finite")
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return beta * (1 + error * episodes / horizon)
+    return beta * (1 + error * min(1.0, episodes / horizon))

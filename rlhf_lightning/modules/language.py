@@ -1,8 +1,9 @@
 """What the three stages share: a Hugging Face network with its tokenizer, and the way to write it back."""
 
+import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -99,6 +100,21 @@ def adamw_with_schedule(
         return learning_rate_factor(step, total, schedule=schedule, warmup_steps=warmup_steps, floor=floor)
 
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def check_optimization(
+    *, learning_rate: float, weight_decay: float, lr_schedule: str, lr_floor: float, warmup_steps: int
+) -> None:
+    """Raise `InputError` where a setting of optimizer or schedule is out of its range."""
+    if lr_schedule not in get_args(Schedule):
+        raise InputError(f"lr_schedule={lr_schedule} must be one of {', '.join(get_args(Schedule))}")
+    if not 0 <= lr_floor <= 1:
+        raise InputError(f"lr_floor={lr_floor} must lie in [0, 1]")
+    for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"{name}={value} must not be negative, and finite")
+    if not isinstance(warmup_steps, int) or warmup_steps < 0:
+        raise InputError(f"warmup_steps={warmup_steps} must be a whole number, 0 or more")
 
 
 def adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from rlhf_lightning.functional.losses import clipped_policy_loss, clipped_value_
 from rlhf_lightning.functional.masking import masked_sum
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
 from rlhf_lightning.modules.language import LanguageModule, adamw, predictions, without_dropout_on_purpose
-from rlhf_lightning.modules.ppo_checks import check_settings
+from rlhf_lightning.modules.ppo_checks import KLPenalty, LossMean, check_settings
 from rlhf_lightning.modules.ptx import BatchStream
 from rlhf_lightning.networks import Critic, Model, load_policy, stop_token_ids
 from rlhf_lightning.preflight import check_ppo, of_status, refusal
@@ -59,8 +59,6 @@ ALL_CUT_OFF = (
     "nothing is learned from the reward; raise max_new_tokens, or set missing_eos=subtract"
 )
 
-KLPenalty = Literal["reward", "loss_k1", "loss_k2"]
-
 
 class PPOModule(LanguageModule):
     """Trains a policy by PPO (Schulman et al. 2017) on R(x, y) - beta log [p_RL(y|x) / p_FT(y|x)] (Ouyang et al. 2022).
@@ -93,7 +91,7 @@ class PPOModule(LanguageModule):
         baseline: Baseline = "batch",
         gamma: float = 1.0,
         lam: float = 0.95,
-        loss_mean: Literal["tokens", "sequences"] = "tokens",
+        loss_mean: LossMean = "tokens",
         clip_range: float = 0.2,
         value_clip_range: float = 0.2,
         value_coef: float = 0.1,
@@ -176,7 +174,7 @@ class PPOModule(LanguageModule):
         self.seen_scores = RunningMoments()
         self.seen_rewards = RunningMoments()
         self.ptx_batches: BatchStream | None = None
-        self._ptx_drawn = 0
+        self.ptx_drawn = 0
         # In a closure: a network that was given here is registered once, as part of `reward`.
         self._load_reward = lambda: load_reward(
             reward, self.required_tokenizer, tokenizer=reward_tokenizer, micro_batch_size=micro_batch_size
@@ -226,17 +224,17 @@ class PPOModule(LanguageModule):
         without_dropout_on_purpose()
 
     def on_fit_start(self) -> None:
-        """Open the stream of pretraining batches at the place where a resumed run left it."""
+        """Open the stream of pretraining batches at the place where an earlier run left it."""
         if self.ptx_data is not None:
             self.ptx_batches = BatchStream(self.ptx_data, self.trainer)
-            self.ptx_batches.drawn = self._ptx_drawn
+            self.ptx_batches.drawn = self.ptx_drawn
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Look at the run before its first update; one that goes on from a checkpoint is past that."""
         if self.preflight and self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
+            self._require_preflight(batch)
             # A second `fit` of this module goes on from weights that were trained.
             self.preflight = False
-            self._require_preflight(batch)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample a rollout, score it, estimate advantages, and update policy and critic."""
@@ -416,13 +414,13 @@ class PPOModule(LanguageModule):
             "updates": self.updates,
             "seen_scores": asdict(self.seen_scores),
             "seen_rewards": asdict(self.seen_rewards),
-            "ptx_drawn": 0 if self.ptx_batches is None else self.ptx_batches.drawn,
+            "ptx_drawn": self.ptx_drawn,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from what `on_save_checkpoint` added."""
         state = checkpoint["ppo"]
-        self.beta, self.updates, self._ptx_drawn = state["beta"], state["updates"], state["ptx_drawn"]
+        self.beta, self.updates, self.ptx_drawn = state["beta"], state["updates"], state["ptx_drawn"]
         self.seen_scores = RunningMoments(**state["seen_scores"])
         self.seen_rewards = RunningMoments(**state["seen_rewards"])
 
@@ -477,7 +475,7 @@ class PPOModule(LanguageModule):
     def _accumulate_gradients(self, minibatch: Experience) -> dict[str, Tensor]:
         """Add up the gradients of all micro-batches; return the means over the minibatch's tokens on all processes."""
         self._optimizer.zero_grad()
-        pretraining = {} if self.ptx_batches is None else self._add_ptx_gradients(next(self.ptx_batches))
+        pretraining = {} if self.ptx_batches is None else self._add_ptx_gradients(self.ptx_batches)
         # Means over the whole optimizer step: the counts must be known before the first micro-batch.
         own = [minibatch.response_mask.sum(), minibatch.value_mask.sum(), torch.tensor(len(minibatch))]
         counts = self.sum_over_ranks(torch.tensor([float(n) for n in own], device=self.device))
@@ -509,9 +507,10 @@ class PPOModule(LanguageModule):
         loss = policy_scale * policy
         return loss + self.value_coef * means["value_loss"] if "value_loss" in means else loss
 
-    def _add_ptx_gradients(self, batch: Any) -> dict[str, Tensor]:
+    def _add_ptx_gradients(self, batches: BatchStream) -> dict[str, Tensor]:
         """Add ptx_coef times the gradient of the next-token loss (Ouyang et al. 2022, eq. 2); return that loss."""
-        batch = batch.to(self.device)
+        batch = next(batches).to(self.device)
+        self.ptx_drawn = batches.drawn
         tokens = self.sum_over_ranks(batch.loss_mask.sum().float())
         losses: list[Tensor] = []
         for rows in torch.arange(len(batch), device=self.device).split(self.micro_batch_size):

@@ -1,9 +1,18 @@
 """What PPO's settings may be, looked at before anything is loaded."""
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.functional.schedules import Schedule
+from rlhf_lightning.rollout.experience import Baseline, Estimator, Placement
+from rlhf_lightning.rollout.shaping import MissingEOS, Normalization
+
+KLPenalty = Literal["reward", "loss_k1", "loss_k2"]
+"""Where the KL to the reference is charged, and in the loss by which estimator."""
+LossMean = Literal["tokens", "sequences"]
+"""Whether each token or each response counts alike in the policy's loss."""
 
 NOT_NEGATIVE = (
     "beta",
@@ -21,14 +30,16 @@ ABOVE_0 = ("clip_range", "value_clip_range", "max_grad_norm", "adaptive_kl_horiz
 ABOVE_0_OR_OFF = ("score_clip", "adaptive_kl_target", "target_kl")
 AT_LEAST_1 = ("ppo_epochs", "minibatch_size", "micro_batch_size", "max_new_tokens", "samples_per_prompt")
 CHOICES = {
-    "advantage": ("gae", "reinforce", "rloo", "grpo"),
-    "baseline": ("batch", "running"),
-    "kl_penalty": ("reward", "loss_k1", "loss_k2"),
-    "loss_mean": ("tokens", "sequences"),
-    "missing_eos": ("replace", "subtract"),
-    "normalize_scores": ("none", "scale", "shift_and_scale"),
-    "score_placement": ("after_end", "end_token"),
+    "advantage": get_args(Estimator),
+    "baseline": get_args(Baseline),
+    "kl_penalty": get_args(KLPenalty),
+    "loss_mean": get_args(LossMean),
+    "lr_schedule": get_args(Schedule),
+    "missing_eos": get_args(MissingEOS),
+    "normalize_scores": get_args(Normalization),
+    "score_placement": get_args(Placement),
 }
+MAY_BE_INFINITE = ("max_grad_norm", "clip_range", "value_clip_range")
 WHY = {
     "temperature": "PPO learns from samples",
     "clip_range": "nothing could change",
@@ -56,8 +67,13 @@ def _check_ranges(settings: Mapping[str, Any]) -> None:
     for name in ABOVE_0_OR_OFF:
         off = settings[name] is None
         _require(off or settings[name] > 0, name, settings[name], "must be above 0, or None to turn it off")
+    for name in (*AT_LEAST_1, "warmup_steps"):
+        _require(isinstance(settings[name], int), name, settings[name], "must be a whole number")
     for name in AT_LEAST_1:
         _require(settings[name] >= 1, name, settings[name], "must be at least 1")
+    for name in (*NOT_NEGATIVE, *ABOVE_0, *ABOVE_0_OR_OFF):
+        finite = settings[name] is None or math.isfinite(settings[name])
+        _require(finite or name in MAY_BE_INFINITE, name, settings[name], "must be finite")
     ema = settings["ema_decay"]
     _require(ema is None or 0 < ema < 1, "ema_decay", ema, "must lie in (0, 1), or be None to turn it off")
     _require(

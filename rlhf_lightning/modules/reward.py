@@ -2,8 +2,6 @@
 
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,15 +15,24 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.losses import pairwise_logistic_loss, ranked_pairs, ranking_loss
 from rlhf_lightning.functional.masking import last_index
 from rlhf_lightning.functional.schedules import Schedule
-from rlhf_lightning.modules.language import LanguageModule, adamw_with_schedule, without_dropout_on_purpose
+from rlhf_lightning.modules.language import (
+    LanguageModule,
+    adamw_with_schedule,
+    check_optimization,
+    without_dropout_on_purpose,
+)
 from rlhf_lightning.networks import Model, load_reward_model
 from rlhf_lightning.networks.scalar_head import HeadInit, HiddenMoments, scalar_head, shift_scores
+from rlhf_lightning.networks.shared_prompts import last_hidden_state, share_prompts
 from rlhf_lightning.types import ComparisonBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+SHARING_MOVES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.02}
+"""What reading several responses in one row may move a score by, by the precision of the weights."""
 
 
 class RewardModule(LanguageModule):
@@ -51,7 +58,7 @@ class RewardModule(LanguageModule):
         shift_scores: bool = True,
         margin_coef: float = 0.0,
         lm_coef: float = 0.0,
-        length_groups: int = 1,
+        share_prompts: bool = False,
         seed: int = 0,
     ) -> None:
         """Load the network; a language model gets a new scalar head, drawn with ``seed`` as `init_scalar_head` says.
@@ -59,14 +66,19 @@ class RewardModule(LanguageModule):
         With ``lm_coef`` the loss has that many times the next-token loss of the best responses beside it, which keeps
         what the network knew as a language model (Yang et al. 2024, SFT regularization): its output embeddings
         must be its input embeddings.
-        A training batch is read in ``length_groups`` parts of about equal length, so that short responses are not
-        padded to the longest: the same gradients, in less time where the parts still fill the device.
+        With ``share_prompts`` training reads a prompt once for all of its responses, which stand behind it in one row
+        without padding: the same scores in less time where responses are many and of different lengths. The network
+        must be a decoder with a scalar head on its last state whose attention takes a mask of its own; that is looked
+        at on the first batch.
         """
         super().__init__(model, tokenizer)
-        if not 0 <= lr_floor <= 1:
-            raise InputError(f"lr_floor={lr_floor} must lie in [0, 1]")
-        if length_groups < 1:
-            raise InputError(f"length_groups={length_groups} must be at least 1")
+        check_optimization(
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            lr_floor=lr_floor,
+            warmup_steps=warmup_steps,
+        )
         if lm_coef < 0:
             raise InputError(f"lm_coef={lm_coef} must not be negative")
         if not 0 <= margin_coef < math.inf:
@@ -88,7 +100,8 @@ class RewardModule(LanguageModule):
         self.shift_scores = shift_scores
         self.margin_coef = margin_coef
         self.lm_coef = lm_coef
-        self.length_groups = length_groups
+        self.share_prompts = share_prompts
+        self._sharing_is_checked = False
         self.val_loss = MeanMetric()
         self.val_accuracy = MeanMetric()
         self.val_margin = MeanMetric()
@@ -124,44 +137,52 @@ class RewardModule(LanguageModule):
         self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=_prompts(batch))
         return loss
 
+    def on_train_batch_start(self, batch: ComparisonBatch, batch_idx: int) -> None:
+        """Look once whether sharing prompts changes scores."""
+        if self.share_prompts and not self._sharing_is_checked:
+            self._check_sharing(batch)
+            self._sharing_is_checked = True
+
     def _read(self, batch: ComparisonBatch) -> tuple[Float[Tensor, " B"], Float[Tensor, " N"]]:
         """Return the score of each row, and of the best rows the log-probability of each response token, if needed."""
         network: Any = self.reward_model
-        scores, logprobs = torch.empty(len(batch), device=self.device), [torch.empty(0, device=self.device)]
-        for rows, part in self._groups(batch):
+        if self.share_prompts:
+            shared = share_prompts(batch.tokens, batch.attention_mask, batch.prompt_index)
+            states = last_hidden_state(network.base_model, shared)
+            last = last_index(batch.attention_mask).unsqueeze(1)
+            ends = states[shared.rows, shared.columns.gather(1, last)].squeeze(1)
+            scores = scalar_head(network)(ends).squeeze(-1).float()
+            best = batch.ranks == 0
+            hidden = states[shared.rows[best], shared.columns[best]] if self.lm_coef else None
+        else:
             output = network(
-                input_ids=part.tokens,
-                attention_mask=part.attention_mask.long(),
+                input_ids=batch.tokens,
+                attention_mask=batch.attention_mask.long(),
                 use_cache=False,
                 output_hidden_states=bool(self.lm_coef),
             )
-            scores[rows] = output.logits.squeeze(-1).float()
-            if self.lm_coef:
-                logprobs.append(self._best_logprobs(output.hidden_states[-1], part))
-        return scores, torch.cat(logprobs)
+            scores = output.logits.squeeze(-1).float()
+            hidden = output.hidden_states[-1][batch.ranks == 0] if self.lm_coef else None
+        return scores, scores.new_empty(0) if hidden is None else self._best_logprobs(hidden, batch)
 
-    def _groups(self, batch: ComparisonBatch) -> Iterator[tuple[Tensor, ComparisonBatch]]:
-        """Yield row numbers and rows in groups of about equal length, without the columns that hold only padding."""
-        by_length = batch.attention_mask.sum(dim=1).argsort()
-        for rows in by_length.tensor_split(min(self.length_groups, len(by_length))):
-            part = batch.rows(rows)
-            columns = slice(int(part.attention_mask.sum(dim=1).max()))
-            yield (
-                rows,
-                replace(
-                    part,
-                    tokens=part.tokens[:, columns],
-                    attention_mask=part.attention_mask[:, columns],
-                    response_mask=part.response_mask[:, columns],
-                ),
+    @torch.no_grad()
+    def _check_sharing(self, batch: ComparisonBatch) -> None:
+        apart = (self._read(batch)[0] - self(batch.tokens, batch.attention_mask)).abs().max()
+        largest = SHARING_MOVES[self.reward_model.dtype]
+        if not apart < largest:
+            raise InputError(
+                f"share_prompts=True moves scores of {type(self.reward_model).__name__} by {float(apart):.2g}, more "
+                f"than {largest}: its attention does not take a mask of its own; set share_prompts=False, or try "
+                "another network.attn_implementation (sdpa, eager)"
             )
 
-    def _best_logprobs(self, hidden: Float[Tensor, "B T H"], batch: ComparisonBatch) -> Float[Tensor, " N"]:
+    def _best_logprobs(self, hidden: Float[Tensor, "N T H"], batch: ComparisonBatch) -> Float[Tensor, " L"]:
+        """Return the log-probabilities of all response tokens of the best rows, whose states ``hidden`` holds."""
         best = batch.ranks == 0
         # The token at t is predicted from the state at t - 1.
         predicted = batch.response_mask[best, 1:]
         embeddings: Any = self.reward_model.get_input_embeddings()
-        logits = hidden[best, :-1][predicted] @ embeddings.weight.T
+        logits = hidden[:, :-1][predicted] @ embeddings.weight.T
         return -cross_entropy(logits.float(), batch.tokens[best, 1:][predicted], reduction="none")
 
     def validation_step(self, batch: ComparisonBatch, batch_idx: int) -> None:

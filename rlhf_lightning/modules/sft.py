@@ -11,7 +11,7 @@ from torchmetrics.text import Perplexity
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.schedules import Schedule
-from rlhf_lightning.modules.language import LanguageModule, adamw_with_schedule, predictions
+from rlhf_lightning.modules.language import LanguageModule, adamw_with_schedule, check_optimization, predictions
 from rlhf_lightning.networks import Model, load_policy, stop_token_ids
 from rlhf_lightning.types import SFTBatch
 
@@ -40,10 +40,16 @@ class SFTModule(LanguageModule):
     ) -> None:
         """Load the language model; ``dropout`` replaces that of all of its dropout layers.
 
-        Raises `InputError` where ``model`` is no language model, or has no such layers.
+        Raises `InputError` where ``model`` is no language model or has no such layers, and for a setting out of its
+        range.
         """
-        if not 0 <= lr_floor <= 1:
-            raise InputError(f"lr_floor={lr_floor} must lie in [0, 1]")
+        check_optimization(
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            lr_floor=lr_floor,
+            warmup_steps=warmup_steps,
+        )
         if dropout is not None and not 0 <= dropout < 1:
             raise InputError(f"dropout={dropout} must lie in [0, 1), or be None for the network's own")
         super().__init__(model, tokenizer)

@@ -24,7 +24,7 @@ def rollout_metrics(
     lengths, scores = mask.sum(dim=1).double(), scored.scores.double()
     of_responses = {
         "score": scores,
-        **{f"score_{name}": part for name, part in scored.score_parts.items()},
+        **{f"score_part/{name}": part for name, part in scored.score_parts.items()},
         **parts,
         "kl_part": experience.rewards.sum(dim=1) - sum(parts.values()),
         "reward": experience.rewards.sum(dim=1),

@@ -4,7 +4,8 @@ import importlib
 import importlib.util
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -118,10 +119,10 @@ class ModelReward(Reward):
         last = set(tokens[torch.arange(len(tokens)), mask.sum(dim=1) - 1].tolist())
         # The network takes the last id that is not this one: it must not be what a sequence really ends with.
         padding = next(i for i in range(len(last) + 1) if i not in last)
-        network.config.get_text_config().pad_token_id = padding
         width = int(mask.sum(dim=1).max())
         tokens = tokens.masked_fill(~mask, padding)[:, :width]
-        logits: Tensor = network(input_ids=tokens, attention_mask=mask[:, :width].long()).logits
+        with _pad_token_id(network.config.get_text_config(), padding):
+            logits: Tensor = network(input_ids=tokens, attention_mask=mask[:, :width].long()).logits
         return logits.squeeze(-1).float()
 
     def _sequences(self, rollout: Rollout) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
@@ -324,6 +325,17 @@ def left_aligned(
     """Return the rows with their real tokens moved to the left, in order, and the mask that belongs to them."""
     order = (~mask).long().argsort(dim=1, stable=True)
     return tokens.gather(1, order), mask.gather(1, order)
+
+
+@contextmanager
+def _pad_token_id(config: Any, padding: int) -> Iterator[None]:
+    """Let a network take this id as padding for the length of a block."""
+    before = config.pad_token_id
+    config.pad_token_id = padding
+    try:
+        yield
+    finally:
+        config.pad_token_id = before
 
 
 def _scores(reward: nn.Module, rollout: Rollout) -> Scores:

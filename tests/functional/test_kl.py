@@ -128,6 +128,11 @@ def test_the_weighted_k1_knows_nothing_of_padding() -> None:
     assert found.tolist() == [[0.5, 2.0, 0.0]]
 
 
+def test_beta_moves_by_at_most_a_fifth_a_rollout_and_keeps_its_sign() -> None:
+    assert adapted_beta(0.05, 0.0, target=6.0, horizon=100.0, episodes=512) == pytest.approx(0.04)
+    assert adapted_beta(0.05, 60.0, target=6.0, horizon=1.0, episodes=6) == pytest.approx(0.06)
+
+
 def test_the_adapted_beta_is_a_golden_sequence() -> None:
     betas, beta = [], 0.1
     for kl in (12.0, 9.0, 6.6, 6.0, 3.0, 0.0, -4.0):

@@ -1,4 +1,5 @@
 import inspect
+import math
 import re
 from typing import Any
 
@@ -35,6 +36,12 @@ OUT_OF_RANGE: list[tuple[Settings, str]] = [
     *(({name: -1}, f"{name}=-1 must be above 0") for name in ABOVE_0),
     *(({name: 0.0}, f"{name}=0.0 must be above 0, or None to turn it off") for name in ABOVE_0_OR_OFF),
     *(({name: 0}, f"{name}=0 must be at least 1") for name in AT_LEAST_1),
+    ({"beta": math.inf}, "beta=inf must be finite"),
+    ({"learning_rate": math.inf}, "learning_rate=inf must be finite"),
+    ({"temperature": math.inf}, "temperature=inf must be finite"),
+    ({"minibatch_size": 2.5}, "minibatch_size=2.5 must be a whole number"),
+    ({"samples_per_prompt": 1.5}, "samples_per_prompt=1.5 must be a whole number"),
+    ({"warmup_steps": 1.5}, "warmup_steps=1.5 must be a whole number"),
     *(({name: "other"}, f"{name}=other must be one of {', '.join(choices)}") for name, choices in CHOICES.items()),
 ]
 
@@ -114,7 +121,6 @@ def test_every_number_of_the_constructor_is_looked_at() -> None:
         "tokenizer",
         "reward_tokenizer",
         "ptx_data",
-        "lr_schedule",
         "seed",
         "preflight",
     }

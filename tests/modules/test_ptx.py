@@ -183,6 +183,17 @@ def test_every_update_takes_the_next_batch_of_texts(
     assert logged["ppo/ptx_loss"] == pytest.approx([sum(losses[:6]) / 6, sum(losses[6:]) / 6], rel=1e-6)
 
 
+def test_a_second_fit_reads_on_where_the_first_one_stopped(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any], stream: Callable[..., BatchStream]
+) -> None:
+    module = make(0.5, learning_rate=0.0, critic_learning_rate=0.0, ppo_epochs=3, minibatch_size=3)
+    fit(module, [prompts], max_steps=1)
+    logged = fit(module, [prompts], max_steps=1)
+    texts = stream()
+    losses = [language_gradient(module.policy, next(texts))[0] for _ in range(12)]
+    assert logged["ppo/ptx_loss"] == pytest.approx([sum(losses[6:]) / 6], rel=1e-6)
+
+
 def test_a_resumed_run_reads_on_where_it_stopped_and_ends_bit_for_bit_the_same(
     tmp_path: Path,
     make: Callable[..., Watching],

@@ -128,7 +128,7 @@ def test_ties_are_no_pairs_and_margins_are_taken_off_as_in_a_reference_in_float6
     network = classifier().double()
     expected = reference_loss(network, margin_coef)
     expected.backward()
-    module = make(margin_coef=margin_coef, length_groups=2)
+    module = make(margin_coef=margin_coef, share_prompts=True)
     module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]  # there is no Trainer to log to
     loss = module.training_step(batch(MIXED, pads=2, ranks=TIED_RANKS, ratings=RATINGS), 0)
     loss.backward()
@@ -156,36 +156,45 @@ def test_ties_do_not_count_in_validation(
     assert found["reward/val_accuracy"] == pytest.approx(sum(right) / 5)
 
 
-@pytest.mark.parametrize("length_groups", [2, 5, 100])
-def test_groups_of_equal_length_have_the_same_loss_and_gradients_with_less_padding(
-    length_groups: int, make: Callable[..., RewardModule]
-) -> None:
-    whole, grouped = make(), make(length_groups=length_groups)
+def test_shared_prompts_have_the_same_loss_and_gradients_with_fewer_tokens(make: Callable[..., RewardModule]) -> None:
+    alone, shared = make(), make(share_prompts=True)
     read: list[int] = []
-    grouped.reward_model.register_forward_pre_hook(
+    shared.reward_model.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     losses, gradients = [], []
-    for module in (whole, grouped):
-        module.log_dict = lambda *_, **__: None  # there is no Trainer to log to
+    for module in (alone, shared):
+        module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]  # there is no Trainer to log to
         loss = module.training_step(batch(MIXED, pads=3), 0)
         loss.backward()
         losses.append(loss)
         gradients.append([parameter.grad for parameter in module.parameters()])
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(gradients[0], gradients[1])
-    rows = sorted(len(row) for ranking in MIXED for row in ranking)
-    assert len(read) == min(length_groups, len(rows))
-    assert sum(read) < max(rows) * len(rows)
+    longest = max(1 + sum(len(row) - 1 for row in ranking) for ranking in MIXED)
+    assert read == [len(MIXED) * longest]
 
 
-@pytest.mark.parametrize("length_groups", [1, 3])
+def test_a_network_whose_scores_move_when_prompts_are_shared_is_refused_on_the_first_batch(
+    classifier: Callable[..., Any], tokenizer: Any, fit: Callable[..., Any]
+) -> None:
+    network = classifier()
+    # As one whose attention looks at everything before it whatever the mask says.
+    body = network.model.forward
+    network.model.forward = lambda input_ids, attention_mask, **inputs: body(
+        input_ids, attention_mask=attention_mask if attention_mask.dim() == 2 else None, **inputs
+    )
+    with pytest.raises(InputError, match="share_prompts=True moves scores of LlamaForSequenceClassification by"):
+        fit(RewardModule(network, tokenizer=tokenizer, share_prompts=True), [batch(MIXED)], max_steps=1)
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
 def test_the_next_token_loss_of_the_best_responses_is_added(
-    length_groups: int, make: Callable[..., RewardModule], classifier: Callable[..., Any], fit: Callable[..., Any]
+    share_prompts: bool, make: Callable[..., RewardModule], classifier: Callable[..., Any], fit: Callable[..., Any]
 ) -> None:
     network = classifier(tie_word_embeddings=True)
     logged = fit(
-        RewardModule(network, tokenizer=make().tokenizer, lm_coef=0.5, learning_rate=0.0, length_groups=length_groups),
+        RewardModule(network, tokenizer=make().tokenizer, lm_coef=0.5, learning_rate=0.0, share_prompts=share_prompts),
         [batch(MIXED, pads=2)],
         max_steps=1,
     )
@@ -220,11 +229,6 @@ def test_the_next_token_loss_needs_output_embeddings(make: Callable[..., RewardM
         make(lm_coef=0.1)
     with pytest.raises(InputError, match=r"lm_coef=-0\.1 must not be negative"):
         make(lm_coef=-0.1)
-
-
-def test_there_must_be_a_group(make: Callable[..., RewardModule]) -> None:
-    with pytest.raises(InputError, match="length_groups=0 must be at least 1"):
-        make(length_groups=0)
 
 
 def test_validation_metrics_are_over_all_pairs_of_all_batches(

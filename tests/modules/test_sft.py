@@ -171,11 +171,15 @@ def test_dropout_is_set_for_every_layer_and_off_in_validation(policy: Callable[.
     [
         ({"dropout": 1.0}, r"dropout=1\.0 must lie in"),
         ({"lr_floor": -0.1}, r"lr_floor=-0\.1 must lie in \[0, 1\]"),
+        ({"lr_schedule": "step"}, "lr_schedule=step must be one of constant, linear, cosine"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must not be negative, and finite"),
+        ({"weight_decay": -1.0}, r"weight_decay=-1\.0 must not be negative, and finite"),
+        ({"warmup_steps": 1.5}, r"warmup_steps=1\.5 must be a whole number, 0 or more"),
         ({"dropout": 0.2}, r"dropout=0\.2: LlamaForCausalLM has no dropout layers"),
     ],
 )
 def test_a_setting_that_cannot_be_had_is_an_input_error(
-    setting: dict[str, float], message: str, policy: Callable[..., Any]
+    setting: dict[str, Any], message: str, policy: Callable[..., Any]
 ) -> None:
     with pytest.raises(InputError, match=message):
         SFTModule(policy(), **setting)

@@ -115,9 +115,11 @@ def test_the_parts_and_the_kl_add_up_to_the_reward(scored: Make) -> None:
 
 def test_each_part_of_a_reward_made_of_several_is_a_metric_of_its_name(scored: Make) -> None:
     polite, helpful = torch.arange(6.0), torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0, 2.0])
-    found = metrics_of(replace(scored(), score_parts={"polite": polite, "helpful/std": helpful}))
-    assert found["score_polite"] == pytest.approx(2.5)
-    assert found["score_helpful/std"] == pytest.approx(0.75)
+    found = metrics_of(replace(scored(), score_parts={"polite": polite, "std": helpful}))
+    assert found["score_part/polite"] == pytest.approx(2.5)
+    # An ensemble's standard deviation is not that of the scores over the rollout.
+    assert found["score_part/std"] == pytest.approx(0.75)
+    assert found["score_std"] == metrics_of(scored())["score_std"]
 
 
 def test_a_reward_that_loves_length_shows_in_the_correlation(scored: Make) -> None:

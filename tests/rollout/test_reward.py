@@ -217,6 +217,14 @@ def test_the_padding_of_the_tokenizer_is_used_whatever_the_network_believes(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_scoring_leaves_the_networks_own_padding_as_it_was(
+    sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    network = classifier(pad_token_id=77)
+    ModelReward(network, tokenizer, tokenizer)(sequences)
+    assert network.config.pad_token_id == 77
+
+
 def test_a_reward_model_is_frozen(sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any) -> None:
     reward = ModelReward(classifier().train(), tokenizer, tokenizer)
     assert not reward.reward_model.training
