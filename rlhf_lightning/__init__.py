@@ -7,12 +7,13 @@ if TYPE_CHECKING:
     from rlhf_lightning.data import PPODataModule, RewardDataModule, SFTDataModule
     from rlhf_lightning.errors import InputError
     from rlhf_lightning.evaluation.validation_reward import ValidationReward
-    from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
+    from rlhf_lightning.modules import FSDP2Strategy, PPOModule, RewardModule, SFTModule
     from rlhf_lightning.networks import NetworkConfig
     from rlhf_lightning.rollout import Ensemble, WeightedSum
 
 __all__ = [
     "Ensemble",
+    "FSDP2Strategy",
     "InputError",
     "NetworkConfig",
     "PPODataModule",
@@ -28,6 +29,7 @@ __all__ = [
 # The names are imported at their first use (PEP 562): `rlhf --help` must not wait for torch.
 _HOMES = {
     "Ensemble": "rollout",
+    "FSDP2Strategy": "modules",
     "InputError": "errors",
     "NetworkConfig": "networks",
     "PPODataModule": "data",

@@ -10,7 +10,13 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import multiprocessing
+import multiprocessing.connection
+import socket
 import struct
+import tempfile
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +58,55 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Callable[..., list[Any]]:
+    """``processes(count, work)`` returns what ``work(rank)`` returns in each of the processes, as torchrun starts them.
+
+    A process that fails, or does not end, fails the test.
+    """
+
+    def run(count: int, work: Callable[[int], Any], *, patience: float = 120.0) -> list[Any]:
+        import torch
+
+        folder, port = Path(tempfile.mkdtemp(dir=tmp_path)), free_port()
+        fork = multiprocessing.get_context("fork")
+        started = [fork.Process(target=enter, args=(rank, count, port, work, folder)) for rank in range(count)]
+        for process in started:
+            process.start()
+        ends = time.monotonic() + patience
+        while time.monotonic() < ends and any(p.exitcode is None for p in started):
+            if any(p.exitcode for p in started):
+                break
+            multiprocessing.connection.wait([p.sentinel for p in started if p.exitcode is None], timeout=1.0)
+        codes = [process.exitcode for process in started]
+        for process in started:
+            process.kill()
+            process.join()
+        assert codes == [0] * count, "\n".join(file.read_text() for file in sorted(folder.glob("*.txt")))
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+    return run
+
+
+def enter(rank: int, count: int, port: int, work: Callable[[int], Any], folder: Path) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    try:
+        import torch
+
+        torch.save(work(rank), folder / f"{rank}.pt")
+    except BaseException:
+        (folder / f"{rank}.txt").write_text(f"process {rank}\n{traceback.format_exc()}")
+        raise
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ CONF = ROOT / "conf"
 GROUPS = ["module", "data", "network", "trainer", "logger", "callbacks"]
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
-NEEDS_GPU = {("trainer", "gpu"), ("trainer", "ddp")}
+NEEDS_GPU = {("trainer", name) for name in ("gpu", "ddp", "fsdp", "fsdp2", "deepspeed_2", "deepspeed_3", "slurm")}
 
 
 def compose(verb: str, *overrides: str) -> DictConfig:

@@ -172,7 +172,7 @@ def test_every_command_is_one_that_exists(line: str) -> None:
         assert not arguments[1:] or arguments[1].startswith("-") or "=" in arguments[1]
         return
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["dependency-groups"]["dev"]
-    assert program in {"pip", "wandb", *(re.split(r"\W=|>", tool)[0] for tool in tools)}
+    assert program in {"pip", "wandb", "torchrun", "sbatch", *(re.split(r"\W=|>", tool)[0] for tool in tools)}
     assert all((ROOT / argument).exists() for argument in arguments if argument.endswith(".py"))
 
 

@@ -7,8 +7,12 @@ from typing import Protocol, runtime_checkable
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from rlhf_lightning.errors import InputError
+
+SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+"""Strategies under which no process may hold all weights, so that all of them have a part in writing."""
 
 
 @runtime_checkable
@@ -48,12 +52,15 @@ class HuggingFaceExport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder; this hook is not reached by a run that failed or was interrupted."""
-        if trainer.is_global_zero and (self._trained or not self.dirpath.exists()):
+        partial = _beside(self.dirpath, "partial")
+        if trainer.strategy.broadcast(self._trained or not self.dirpath.exists()):
             assert isinstance(pl_module, Exportable)
-            partial = _beside(self.dirpath, "partial")
-            _remove(partial)
-            pl_module.save_pretrained(partial)
-            replace_folder(partial, self.dirpath)
+            if trainer.is_global_zero:
+                _remove(partial)
+            if trainer.is_global_zero or isinstance(trainer.strategy, SHARDING):
+                pl_module.save_pretrained(partial)
+            if trainer.is_global_zero:
+                replace_folder(partial, self.dirpath)
         # Nobody reads the folder before it is there.
         trainer.strategy.barrier("HuggingFaceExport")
 

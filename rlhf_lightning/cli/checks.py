@@ -54,6 +54,16 @@ def check(config: Config, *, known: Sequence[str]) -> None:
         _check_node(path, node)
 
 
+def check_strategy(module: Config, trainer: Config) -> None:
+    """Raise `InputError` where the stage of a module cannot run under the strategy of its Trainer."""
+    from rlhf_lightning.preflight import check_ppo_strategy
+
+    kind = target("module", module["_target_"])
+    strategy = trainer["strategy"]
+    if inspect.isclass(kind) and any(base.__name__ == "PPOModule" for base in kind.__mro__):
+        check_ppo_strategy(strategy["_target_"] if isinstance(strategy, dict) else strategy)
+
+
 def target_nodes(node: object, path: str) -> Iterator[tuple[str, Config]]:
     """Yield every node with a `_target_` and its place in the config."""
     children: Mapping[Any, Any] = {}

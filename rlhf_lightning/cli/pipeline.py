@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from rlhf_lightning.cli.build import build, build_all
-from rlhf_lightning.cli.checks import Config, check, leaves, plain
+from rlhf_lightning.cli.checks import Config, check, check_strategy, leaves, plain
 from rlhf_lightning.cli.console import quieten_libraries
 from rlhf_lightning.cli.interrupts import resumable, this_command
 from rlhf_lightning.cli.rehearsal import bare_trainer, look_at_rows, rehearse
@@ -44,6 +44,8 @@ def run(config: DictConfig) -> None:
     settings = plain(config)
     wire(settings)
     check(settings, known=ROOT_KEYS)
+    for stage, module in settings["module"].items():
+        check_strategy(module, settings["trainer"][stage])
     quieten_libraries()
     pipeline = Pipeline(settings)
     with resumable(pipeline.how_to_go_on):

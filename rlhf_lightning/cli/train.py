@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from rlhf_lightning.cli.build import build, build_all
-from rlhf_lightning.cli.checks import Config, check, plain
+from rlhf_lightning.cli.checks import Config, check, check_strategy, plain
 from rlhf_lightning.cli.console import quieten_libraries
 from rlhf_lightning.cli.interrupts import resumable, this_command
 from rlhf_lightning.errors import InputError
@@ -38,14 +38,16 @@ def run(config: DictConfig) -> float | None:
     settings = plain(config)
     ckpt_path = checkpoint(settings["ckpt_path"], settings["output_dir"])
     check(settings, known=ROOT_KEYS)
+    check_strategy(settings["module"], settings["trainer"])
 
     from lightning import seed_everything
 
     quieten_libraries()
     seed_everything(settings["seed"], workers=True, verbose=False)
+    # The Trainer first: a strategy that is not there is said before networks are loaded.
+    trainer = build_trainer(settings)
     module: LightningModule = build("module", settings["module"])
     data: LightningDataModule = build("data", settings["data"])
-    trainer = build_trainer(settings)
     with closing_loggers(trainer.loggers):
         log_settings(trainer, settings)
         with resumable(lambda: _how_to_go_on(settings)):

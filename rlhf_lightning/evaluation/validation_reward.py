@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from rlhf_lightning.data import PPODataModule, SFTDataModule
 from rlhf_lightning.data.formats import Exchange, demonstration
@@ -12,6 +13,7 @@ from rlhf_lightning.data.reading import Row
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.evaluation.policies import answer
 from rlhf_lightning.modules import SFTModule
+from rlhf_lightning.networks.sharding import gathered
 from rlhf_lightning.rollout.reward import Reward, RewardSetting, load_reward
 from rlhf_lightning.types import PromptBatch
 
@@ -49,7 +51,15 @@ class ValidationReward(Callback):
         self._prompts: list[PromptBatch] = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load the reward and read the prompts, before the first training step where Lightning checks its sanity."""
+        """Load the reward and read the prompts, before the first training step where Lightning checks its sanity.
+
+        Raises `InputError` under a strategy that gathers weights in the Trainer's own steps alone.
+        """
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise InputError(
+                f"ValidationReward samples outside of the Trainer's steps, which {type(trainer.strategy).__name__} "
+                "cannot; use trainer=fsdp2 or trainer=ddp"
+            )
         if self._loaded is None and isinstance(pl_module, SFTModule):
             self._prompts = self._read_prompts(trainer, pl_module)
             self._loaded = load_reward(self.reward, pl_module.required_tokenizer).to(pl_module.device)
@@ -58,15 +68,17 @@ class ValidationReward(Callback):
         """Sample, score and log the mean over all processes."""
         if trainer.sanity_checking or not isinstance(pl_module, SFTModule):
             return
-        scores = answer(
-            pl_module.policy,
-            pl_module.required_tokenizer,
-            self._prompts,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            seed=self.seed,
-            reward=self._loaded,
-        ).scores
+        # Processes may have different numbers of batches.
+        with gathered(pl_module.policy):
+            scores = answer(
+                pl_module.policy,
+                pl_module.required_tokenizer,
+                self._prompts,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                seed=self.seed,
+                reward=self._loaded,
+            ).scores
         assert scores is not None
         found = torch.tensor([sum(scores), float(len(scores))], device=pl_module.device)
         total, count = pl_module.sum_over_ranks(found)

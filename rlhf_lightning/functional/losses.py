@@ -59,8 +59,8 @@ def pairwise_logistic_loss(
 def ranking_loss(
     scores: Float[Tensor, " B"], prompt_index: Int[Tensor, " B"], ranks: Int[Tensor, " B"]
 ) -> Float[Tensor, ""]:
-    """Return the mean over prompts of the mean loss of a prompt's pairs (Ouyang et al. 2022, eq. 1)."""
+    """Return the mean over prompts of the mean loss of a prompt's pairs, 0 without (Ouyang et al. 2022, eq. 1)."""
     winners, losers = ranked_pairs(prompt_index, ranks)
     losses = pairwise_logistic_loss(scores[winners], scores[losers])
     pairs_of_prompt = torch.bincount(prompt_index[winners])
-    return (losses / pairs_of_prompt[prompt_index[winners]]).sum() / (pairs_of_prompt > 0).sum()
+    return (losses / pairs_of_prompt[prompt_index[winners]]).sum() / (pairs_of_prompt > 0).sum().clamp(min=1)

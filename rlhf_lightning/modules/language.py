@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from jaxtyping import Float, Int
 from lightning import LightningModule
-from torch import Tensor, nn
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
+from rlhf_lightning.modules.sharding import check_mesh, gathered_state
 from rlhf_lightning.networks import Model, load_tokenizer, max_positions, save_pretrained
-from rlhf_lightning.types import SFTBatch
+from rlhf_lightning.networks.sharding import shard
+from rlhf_lightning.types import Record, SFTBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,13 +47,35 @@ class LanguageModule(LightningModule):
         return max_positions(self.network)
 
     def setup(self, stage: str) -> None:
-        """Take the DataModule's tokenizer where the module has none."""
+        """Take the DataModule's tokenizer where the module has none, and let the precision plugin read our batches."""
+        pass_records_by(self.trainer.precision_plugin)
         if self.tokenizer is None and self._datamodule is not None:
             self.tokenizer = self._datamodule.tokenizer
 
+    def configure_model(self) -> None:
+        """Leave each process its part of the weights where the Trainer's strategy shards them (FSDP2)."""
+        self.shard(self.network)
+
+    def shard(self, *networks: nn.Module) -> None:
+        """Shard the networks over all processes under FSDP2; do nothing under other strategies."""
+        if self.device_mesh is not None:
+            mesh = check_mesh(self.device_mesh)
+            for network in networks:
+                shard(network, mesh)
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the Hugging Face folder that the next stage, or `transformers` alone, can load."""
-        save_pretrained(self.network, self.required_tokenizer, folder)
+        """Write the Hugging Face folder that the next stage, or `transformers` alone, can load.
+
+        Where the weights lie in parts on several processes, all of them must call, and the first one writes.
+        """
+        state = gathered_state(self, self.network)
+        if state is None:
+            save_pretrained(self.network, self.required_tokenizer, folder)
+        elif state:
+            save_pretrained(self.network, self.required_tokenizer, folder, state=state)
+        if state is not None:
+            # Nobody reads the folder before it is there.
+            distributed.barrier()
 
     @property
     def required_tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -67,10 +92,28 @@ class LanguageModule(LightningModule):
         total: Tensor = self.trainer.strategy.reduce(x.clone(), reduce_op="sum")
         return total
 
+    def share_of_mean(self, total: Tensor, count: Tensor | int) -> Tensor:
+        """Return this process's part of total / count of all processes: the average of their parts is that mean."""
+        counts = self.sum_over_ranks(torch.as_tensor(count, device=total.device, dtype=total.dtype))
+        return total * self.trainer.world_size / counts
+
     @property
     def _datamodule(self) -> Any:
         # Lightning sets the attribute when the Trainer is given a DataModule; plain loaders have none.
         return getattr(self.trainer, "datamodule", None)
+
+
+def pass_records_by(plugin: Precision) -> None:
+    """Keep a precision plugin from converting our batches: Lightning raises for frozen records (FSDP, bf16-true).
+
+    Nothing is lost: tokens and masks have no precision, and the networks' own inputs are their embeddings.
+    """
+    convert = plugin.convert_input
+
+    def convert_others(data: Any) -> Any:
+        return data if isinstance(data, Record) else convert(data)
+
+    plugin.convert_input = convert_others  # type: ignore[method-assign]
 
 
 def predictions(network: nn.Module, batch: SFTBatch) -> tuple[Float[Tensor, "N V"], Int[Tensor, " N"]]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.functional.dtensors import whole
 from rlhf_lightning.functional.kl import adapted_beta, k1, k1_weighted, k2
 from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
 from rlhf_lightning.functional.losses import clipped_policy_loss, clipped_value_loss, reinforce_loss
@@ -25,8 +26,10 @@ from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
 from rlhf_lightning.modules.language import LanguageModule, adamw, predictions, without_dropout_on_purpose
 from rlhf_lightning.modules.ppo_checks import KLPenalty, LossMean, check_settings
 from rlhf_lightning.modules.ptx import BatchStream
+from rlhf_lightning.modules.sharding import Gathering, gathered_where_wanted
 from rlhf_lightning.networks import Critic, Model, load_policy, stop_token_ids
-from rlhf_lightning.preflight import check_ppo, of_status, refusal
+from rlhf_lightning.networks.sharding import set_gradient_sync
+from rlhf_lightning.preflight import check_ppo, check_ppo_strategy, of_status, refusal
 from rlhf_lightning.rollout.experience import (
     AdvantageSettings,
     Baseline,
@@ -57,6 +60,11 @@ OF_STATES = ("value_loss", "value_clip_fraction")
 ALL_CUT_OFF = (
     "every response of the rollout was cut off at max_new_tokens={}: with missing_eos=replace all score alike and "
     "nothing is learned from the reward; raise max_new_tokens, or set missing_eos=subtract"
+)
+
+NO_PREFLIGHT = (
+    "preflight is left out: it needs all networks whole, which gather_weights={} and the free memory do not allow; "
+    "look at a smaller network with the same tokenizer and data on one device, by `rlhf preflight`"
 )
 
 
@@ -113,6 +121,7 @@ class PPOModule(LanguageModule):
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int = 0,
+        gather_weights: Gathering = "auto",
         preflight: bool = True,
     ) -> None:
         """Load the policy; the other roles are made in `setup`, when the tokenizer is known.
@@ -167,6 +176,7 @@ class PPOModule(LanguageModule):
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.seed = seed
+        self.gather_weights = gather_weights
         self.preflight = preflight
         # What changes from rollout to rollout beside weights; `on_save_checkpoint` lists it.
         self.beta = beta
@@ -198,6 +208,7 @@ class PPOModule(LanguageModule):
     def configure_callbacks(self) -> list[Callback]:
         """Refuse what the Trainer cannot do for PPO; no other hook runs before Lightning's own, poorer refusal."""
         trainer = self.trainer
+        check_ppo_strategy(type(trainer.strategy).__name__)
         if trainer.gradient_clip_val:
             raise InputError(
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) cannot clip the several updates of a rollout; "
@@ -213,8 +224,18 @@ class PPOModule(LanguageModule):
 
     def configure_model(self) -> None:
         """Make the reward, and the critic where the estimator needs one, once the policy's tokenizer is known."""
-        if self.reward is not None:
-            return
+        if self.reward is None:
+            self._make_roles()
+        self.shard(*self.roles)
+
+    @property
+    def roles(self) -> list[nn.Module]:
+        """The networks: policy, reference, critic and average where there are any, and those of the reward."""
+        models = [part.reward_model for part in self._reward.modules() if isinstance(part, ModelReward)]
+        networks = [self.policy, self.reference, self.critic, self.ema, *models]
+        return [network for network in networks if network is not None]
+
+    def _make_roles(self) -> None:
         self.reward = self._load_reward()
         if self.advantage == "gae":
             self.critic = self._new_critic(self.reward)
@@ -269,15 +290,21 @@ class PPOModule(LanguageModule):
                 f"a prompt of {batch.prompt_tokens.shape[1]} tokens and max_new_tokens={self.max_new_tokens} need "
                 f"{needed} positions; the policy has {longest}"
             )
-        return generate(
-            self.policy,
-            batch,
-            self.required_tokenizer,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            stop_tokens=self.stop_token_ids,
-            generator=seeded_generator(self.seed, self.global_rank, draw, device=self.device),
-        )
+        with self._weights_for_sampling(batch):
+            return generate(
+                self.policy,
+                batch,
+                self.required_tokenizer,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                stop_tokens=self.stop_token_ids,
+                generator=seeded_generator(self.seed, self.global_rank, draw, device=self.device),
+            )
+
+    def _weights_for_sampling(self, batch: PromptBatch) -> AbstractContextManager[bool]:
+        """Return the block in which a rollout is sampled: with sharded weights, gathered once where they fit."""
+        tokens = len(batch) * (batch.prompt_tokens.shape[1] + self.max_new_tokens)
+        return gathered_where_wanted(self.gather_weights, [self.policy], tokens=tokens, device=self.device)
 
     def score(self, rollout: Rollout) -> ScoredRollout:
         """Add log-probabilities, values and scores."""
@@ -391,7 +418,8 @@ class PPOModule(LanguageModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients of policy and critic, each by its own norm, after they were unscaled."""
-        norms = [clip_grad_norm_(group["params"], self.max_grad_norm) for group in optimizer.param_groups]
+        # Of sharded gradients the norm is known in parts, too.
+        norms = [whole(clip_grad_norm_(group["params"], self.max_grad_norm)) for group in optimizer.param_groups]
         self._grad_norms = dict(zip(("policy_grad_norm", "critic_grad_norm"), norms, strict=False))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -426,7 +454,12 @@ class PPOModule(LanguageModule):
 
     def _require_preflight(self, batch: PromptBatch) -> None:
         """Log what is doubtful; raises `InputError` on all processes where one of them finds an error."""
-        with self.trainer.precision_plugin.train_step_context():
+        gathering = gathered_where_wanted(self.gather_weights, self.roles, tokens=0, device=self.device)
+        with self.trainer.precision_plugin.train_step_context(), gathering as are_whole:
+            # Some checks read more on one process than on another: they would wait for each other in vain.
+            if not are_whole:
+                log.warning("%s", NO_PREFLIGHT.format(self.gather_weights))
+                return
             findings = check_ppo(self, batch)
         if self.trainer.is_global_zero:
             for finding in of_status(findings, "warning"):
@@ -525,6 +558,9 @@ class PPOModule(LanguageModule):
     @contextmanager
     def _gradient_sync(self, wanted: bool) -> Iterator[None]:
         strategy = self.trainer.strategy
+        for network in (self.policy, self.critic):
+            if network is not None:
+                set_gradient_sync(network, wanted)
         if wanted or not isinstance(strategy, ParallelStrategy):
             yield
         else:

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.schedules import Schedule
+from rlhf_lightning.modules.sharding import Gathering
 from rlhf_lightning.rollout.experience import Baseline, Estimator, Placement
 from rlhf_lightning.rollout.shaping import MissingEOS, Normalization
 
@@ -32,6 +33,7 @@ AT_LEAST_1 = ("ppo_epochs", "minibatch_size", "micro_batch_size", "max_new_token
 CHOICES = {
     "advantage": get_args(Estimator),
     "baseline": get_args(Baseline),
+    "gather_weights": get_args(Gathering),
     "kl_penalty": get_args(KLPenalty),
     "loss_mean": get_args(LossMean),
     "lr_schedule": get_args(Schedule),

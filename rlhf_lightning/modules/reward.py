@@ -21,6 +21,7 @@ from rlhf_lightning.modules.language import (
     check_optimization,
     without_dropout_on_purpose,
 )
+from rlhf_lightning.modules.sharding import callable_outside_of_steps, shards_weights, writable
 from rlhf_lightning.networks import Model, load_reward_model
 from rlhf_lightning.networks.scalar_head import HeadInit, HiddenMoments, scalar_head, shift_scores
 from rlhf_lightning.networks.shared_prompts import last_hidden_state, share_prompts
@@ -113,8 +114,17 @@ class RewardModule(LanguageModule):
         return self.reward_model
 
     def setup(self, stage: str) -> None:
-        """Tell the network which token is padding: it scores the last one that is not."""
+        """Tell the network which token is padding: it scores the last one that is not.
+
+        Raises `InputError` where a setting needs whole weights, and the strategy shards them.
+        """
         super().setup(stage)
+        for name, value in {"lm_coef": self.lm_coef, "share_prompts": self.share_prompts}.items():
+            if value and shards_weights(self.trainer.strategy):
+                raise InputError(
+                    f"{name}={value} reads parts of the network outside of its forward, where sharded weights are not "
+                    f"whole ({type(self.trainer.strategy).__name__}); use trainer=ddp, or leave {name} out"
+                )
         self.reward_model.config.get_text_config().pad_token_id = self.required_tokenizer.pad_token_id
 
     def forward(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
@@ -124,15 +134,20 @@ class RewardModule(LanguageModule):
         return logits.squeeze(-1).float()
 
     def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
-        """Return the mean over prompts of the mean loss over a prompt's pairs, and the next-token loss where asked."""
+        """Return the mean over prompts of the mean loss over a prompt's pairs, and the next-token loss where asked.
+
+        Weighted so that the processes' average is the mean over all prompts, as of all other means here.
+        """
         scores, best_logprobs = self._read(batch)
         # A margin is a difference of ratings, as that of a pair is one of scores: it can be taken off one by one.
         loss = ranking_loss(scores - self.margin_coef * batch.ratings, batch.prompt_index, batch.ranks)
         winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
-        metrics = {"reward/loss": loss, "reward/accuracy": wins(scores[winners] - scores[losers]).mean()}
+        compared = len(batch.prompt_index[winners].unique())
+        loss = self.share_of_mean(loss * compared, compared)
+        accuracy = self.share_of_mean(wins(scores[winners] - scores[losers]).sum(), len(winners))
+        metrics = {"reward/loss": loss, "reward/accuracy": accuracy}
         if self.lm_coef:
-            tokens = self.sum_over_ranks(torch.tensor(float(len(best_logprobs)), device=loss.device))
-            metrics["reward/lm_loss"] = -best_logprobs.sum() * self.trainer.world_size / tokens
+            metrics["reward/lm_loss"] = self.share_of_mean(-best_logprobs.sum(), len(best_logprobs))
             loss = loss + self.lm_coef * metrics["reward/lm_loss"]
         self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=_prompts(batch))
         return loss
@@ -233,14 +248,15 @@ class RewardModule(LanguageModule):
             total += scores.double().sum()
         chosen.sum_up(self.sum_over_ranks)
         shift = -float(self.sum_over_ranks(total) / chosen.count)
-        spread = shift_scores(head, shift, mean=chosen.mean, covariance=chosen.covariance)
+        with writable(self, head):
+            spread = shift_scores(head, shift, mean=chosen.mean, covariance=chosen.covariance)
         log.info("scores shifted by %.3f (standard deviation of the change over the best %.3f)", shift, spread)
 
     def _last_hidden(self, batch: ComparisonBatch) -> tuple[Tensor, Tensor]:
         """Return what the scalar head reads of each sequence (B, hidden), and its score (B,)."""
         seen: list[Tensor] = []
         hook = scalar_head(self.reward_model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        scores = self(batch.tokens, batch.attention_mask)
+        scores = callable_outside_of_steps(self)(batch.tokens, batch.attention_mask)
         hook.remove()
         hidden = seen[0]
         if hidden.dim() == 3:

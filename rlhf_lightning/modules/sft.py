@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
@@ -83,9 +82,7 @@ class SFTModule(LanguageModule):
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """Return the loss in nats per token, weighted so that the processes' average is the mean over all tokens."""
         logits, targets = self(batch)
-        total = cross_entropy(logits, targets, reduction="sum")
-        tokens = self.sum_over_ranks(torch.tensor(len(targets), device=total.device, dtype=total.dtype))
-        loss = total * self.trainer.world_size / tokens
+        loss = self.share_of_mean(cross_entropy(logits, targets, reduction="sum"), len(targets))
         self.log("sft/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch))
         return loss
 

@@ -41,4 +41,5 @@ class Critic(nn.Module):
             position_ids=position_ids(attention_mask),
             use_cache=False,
         ).last_hidden_state
-        return at_least_float32(self.head(hidden).squeeze(-1))
+        # A copy: FSDP2 hangs its hooks on the output, which a view could lose.
+        return at_least_float32(self.head(hidden).squeeze(-1).clone())

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.functional.dtensors import laid_out_as
 
 HeadInit = Literal["unit", "small"]
 """How the weights of a new head are drawn; see `init_scalar_head`."""
@@ -98,5 +99,5 @@ def shift_scores(
     identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     direction = torch.linalg.solve(covariance + ridge * scale * identity, mean)
     move = shift * direction / (mean @ direction)
-    head.weight += move.to(head.weight)
+    head.weight += laid_out_as(move.view_as(head.weight), head.weight)
     return float((move @ covariance @ move).clamp(min=0.0).sqrt())

@@ -2,5 +2,15 @@
 
 from rlhf_lightning.preflight.findings import Finding, of_status, refusal, untouched
 from rlhf_lightning.preflight.stages import check_ppo, check_reward, check_sft
+from rlhf_lightning.preflight.strategies import check_ppo_strategy
 
-__all__ = ["Finding", "check_ppo", "check_reward", "check_sft", "of_status", "refusal", "untouched"]
+__all__ = [
+    "Finding",
+    "check_ppo",
+    "check_ppo_strategy",
+    "check_reward",
+    "check_sft",
+    "of_status",
+    "refusal",
+    "untouched",
+]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_lightning.functional.dtensors import local_numel
 from rlhf_lightning.preflight.findings import Finding
 
 GIB = 2**30
@@ -28,8 +29,8 @@ class RoleMemory:
 
 
 def role_memory(network: nn.Module, device: torch.device) -> RoleMemory:
-    """Return what a network needs under AdamW; a frozen weight has neither gradient nor state."""
-    sizes = [(p, p.numel() * p.element_size()) for p in network.parameters()]
+    """Return what a network needs on this process under AdamW; a frozen weight has neither gradient nor state."""
+    sizes = [(p, local_numel(p) * p.element_size()) for p in network.parameters()]
     trained = sum(size for p, size in sizes if p.requires_grad)
     there = sum(size for p, size in sizes if p.device == device)
     return RoleMemory(sum(size for _, size in sizes), trained, ADAMW_STATES * trained, there)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.masking import position_ids, through_first
+from rlhf_lightning.networks.sharding import largest_on_any_process, waits_for_others
 from rlhf_lightning.rollout.cache import make_room
 from rlhf_lightning.types import PromptBatch, Rollout
 
@@ -79,8 +80,12 @@ def sample_tokens(
 
     Rows that have ended are dropped once they are a quarter of those that the network still runs on; what follows a
     stop token is that token again. Temperature 0 takes the most likely token. ``watch`` is shown every step.
+    Where the policy's weights lie in parts on several processes, one that has sampled all of its rows goes on reading
+    its first one, since every forward needs all processes.
     """
     network: Any = policy
+    in_step = waits_for_others(policy)
+    length = max_new_tokens
     rows = torch.arange(len(prompt_tokens), device=prompt_tokens.device)
     running = torch.ones_like(rows, dtype=torch.bool)
     response = prompt_tokens.new_zeros(len(rows), max_new_tokens)
@@ -99,21 +104,23 @@ def sample_tokens(
             cache = output.past_key_values
             make_room(cache, max_new_tokens - 1)
         tokens = draw(output.logits[:, -1], temperature=temperature, generator=generator)
-        if watch is not None:
+        if watch is not None and running.any():
             watch(t, rows[running], output.logits[running, -1])
         response[rows[running], t:] = tokens[running].unsqueeze(1)
         running = running & ~torch.isin(tokens, stop_tokens)
         left = int(running.sum())
         if left == 0:
-            return response[:, : t + 1]
+            length = min(length, t + 1)
+        if (largest_on_any_process(left, rows.device) if in_step else left) == 0:
+            break
         if left <= STILL_FULL * len(rows):
-            cache.batch_select_indices(running.nonzero().squeeze(1))
-            rows, tokens, mask, positions = rows[running], tokens[running], mask[running], positions[running]
-            running = running[running]
+            kept = running.nonzero().squeeze(1) if left else rows.new_zeros(1)
+            cache.batch_select_indices(kept)
+            rows, tokens, mask, positions, running = (x[kept] for x in (rows, tokens, mask, positions, running))
         inputs = tokens.unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return response
+    return response[:, :length]
 
 
 def draw(logits: Float[Tensor, "B V"], *, temperature: float, generator: torch.Generator) -> Int[Tensor, " B"]:

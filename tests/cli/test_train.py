@@ -1,4 +1,5 @@
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -245,3 +246,50 @@ def test_stopped_run_says_what_is_kept_and_how_to_go_on(
     assert "the last checkpoint is" in errors
     assert "ckpt_path=last" in errors
     assert not Path("out/model").exists()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_2", "deepspeed_3"])
+def test_ppo_refuses_a_strategy_before_anything_is_loaded(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "module=ppo",
+        "network.pretrained=nowhere",
+        "data.path=prompts.jsonl",
+        "module.reward=my_rewards:length",
+    ]
+    assert run_verb("train", [*arguments, f"trainer={strategy}", "output_dir=out"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot run PPO: " in said
+    assert "Use trainer=fsdp2" in said
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
+def test_deepspeed_that_is_not_installed_is_said_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["network.pretrained=nowhere", "data.path=rows.jsonl", "trainer=deepspeed_2", "trainer.accelerator=cpu"]
+    assert run_verb("train", [*arguments, "trainer.devices=1", "output_dir=out", "callbacks=null"]) == 2
+    assert "you must have DeepSpeed installed" in capsys.readouterr().err
+
+
+@pytest.mark.proof
+def test_the_same_ppo_run_on_two_processes_with_a_part_of_the_weights_each(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    arguments = [
+        "module=ppo",
+        f"network.pretrained={tiny_model}",
+        "data.path=prompts.jsonl",
+        "module.reward=my_rewards:length",
+        "data.batch_size=4",
+        "module.minibatch_size=4",
+        "module.max_new_tokens=6",
+        "output_dir=out",
+        *QUIET,
+        "trainer=fsdp2_cpu",
+    ]
+    program = [sys.executable, "-m", "rlhf_lightning.cli.main", "train"]
+    for more in (["trainer.max_steps=1"], ["trainer.max_steps=2", "ckpt_path=last"]):
+        subprocess.run([*program, *arguments, *more], check=True, timeout=300)
+    assert len(list(Path("out/checkpoints/last.ckpt").glob("*.distcp"))) == 2
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tiny_model, "out/model"))
+    assert any(not before[name].equal(after[name]) for name in before)

@@ -1,14 +1,16 @@
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 from transformers import AutoTokenizer
 
-from rlhf_lightning import RewardModule, SFTDataModule, SFTModule
+from rlhf_lightning import FSDP2Strategy, RewardModule, SFTDataModule, SFTModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.evaluation.validation_reward import ValidationReward
 
@@ -48,7 +50,12 @@ def fit(tiny_model: Path, tmp_path: Path) -> Callable[..., tuple[SFTModule, list
     """Fine-tune with the callbacks and return the module and the metric of each validation."""
 
     def run(
-        *callbacks: Callback, epochs: int = 2, learning_rate: float = 1e-2, rows: Any = VAL, tokenizer: Any = None
+        *callbacks: Callback,
+        epochs: int = 2,
+        learning_rate: float = 1e-2,
+        rows: Any = VAL,
+        tokenizer: Any = None,
+        **settings: Any,
     ) -> tuple[SFTModule, list[float]]:
         module, seen = SFTModule(tiny_model, learning_rate=learning_rate, tokenizer=tokenizer), Seen()
         watched = [seen] if any(isinstance(callback, ValidationReward) for callback in callbacks) else []
@@ -62,6 +69,7 @@ def fit(tiny_model: Path, tmp_path: Path) -> Callable[..., tuple[SFTModule, list
             default_root_dir=tmp_path,
             callbacks=[*callbacks, *watched],
             log_every_n_steps=1,
+            **settings,
         )
         trainer.fit(module, SFTDataModule(TRAIN, val_path=rows, batch_size=2))
         return module, seen.values
@@ -156,6 +164,30 @@ def test_plain_loaders_have_no_prompts(tiny_model: Path, tmp_path: Path) -> None
     )
     with pytest.raises(InputError, match="the validation rows of an SFTDataModule"):
         trainer.validate(module, data.val_dataloader())
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_processes_with_unequal_numbers_of_prompts_log_the_mean_over_all(
+    sharded: bool, fit: Callable[..., Any], processes: Callable[..., list[Any]]
+) -> None:
+    def wanted(prompts: list[Any], responses: list[str], *, wanted: list[int]) -> list[float]:
+        return [float(number) for number in wanted]
+
+    def work(rank: int) -> list[float]:
+        how = {"strategy": FSDP2Strategy() if sharded else "ddp", "devices": 2, "use_distributed_sampler": False}
+        callback = ValidationReward(wanted, max_new_tokens=2, batch_size=1)
+        _, values = fit(callback, rows=[{**VAL[0], "wanted": n} for n in (1, 3, 8)], epochs=1, **how)
+        return list(values)
+
+    assert processes(2, work) == [[4.0], [4.0]]
+
+
+def test_strategies_that_cannot_sample_in_a_hook_are_refused(tiny_model: Path) -> None:
+    trainer = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(
+        InputError, match=r"ValidationReward samples outside .* which FSDPStrategy cannot; use trainer=f"
+    ):
+        ValidationReward(Spy()).on_validation_start(trainer, SFTModule(tiny_model))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "num_prompts", "batch_size"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import (
@@ -27,6 +29,8 @@ from rlhf_lightning.rollout.shaping import RunningMoments, moments_of
 from rlhf_lightning.types import Experience, PromptBatch, Rollout, ScoredRollout
 
 VOCABULARY = 258
+PATIENCE = 60
+"""Seconds that processes wait for each other."""
 # A wide initialisation: with the usual one all outputs are about equal, and a mistake would not show.
 LLAMA: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -110,6 +114,12 @@ class Recorder(Callback):
 
 
 @pytest.fixture
+def recorder() -> type[Recorder]:
+    """A callback that keeps what was logged after every training step."""
+    return Recorder
+
+
+@pytest.fixture
 def trainer(tmp_path: Path) -> Callable[..., Trainer]:
     """A Trainer on one CPU process that writes nothing, with the settings given."""
 
@@ -125,6 +135,9 @@ def trainer(tmp_path: Path) -> Callable[..., Trainer]:
             "num_sanity_val_steps": 0,
             "default_root_dir": tmp_path,
         }
+        if settings.get("strategy") == "ddp_fork":
+            # A process that waits for another one in vain is to fail.
+            settings["strategy"] = DDPStrategy(start_method="fork", timeout=timedelta(seconds=PATIENCE))
         return Trainer(**{**quiet, **settings})
 
     return make

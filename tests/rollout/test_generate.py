@@ -1,13 +1,16 @@
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.logprobs import gather_logprobs
+from rlhf_lightning.networks.sharding import gathered, shard
 from rlhf_lightning.rollout.generate import BLOCK, draw, generate, sample_tokens
 from rlhf_lightning.rollout.score import response_logits
 from rlhf_lightning.types import PromptBatch, Rollout
@@ -289,3 +292,38 @@ def test_sampling_leaves_the_mode_and_the_settings_of_the_network(
     assert (network.training, network.config.use_cache) == before
     assert not tokens.requires_grad
     assert all(p.grad is None for p in network.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("whole", [False, True])
+def test_processes_with_parts_of_the_policy_sample_as_alone_however_long_the_others_take(
+    kind: str,
+    whole: bool,
+    policy: Callable[..., Any],
+    prompts: Callable[..., PromptBatch],
+    tokenizer: Any,
+    processes: Callable[..., list[Any]],
+) -> None:
+    batch = prompts(pads=2)
+    free = sample(policy(kind), batch, NEVER)
+    # One process ends in its first step, the other runs to the end.
+    stops = {0: free[:, 0].unique().tolist(), 1: NEVER}
+
+    def work(rank: int) -> tuple[Tensor, int, list[int]]:
+        distributed.init_process_group("gloo")
+        network = policy(kind)
+        shard(network, init_device_mesh("cpu", (2,)))
+        seen: list[int] = []
+        calls: list[int] = []
+        with gathered(network) if whole else nullcontext():
+            network.register_forward_pre_hook(lambda *_: calls.append(1))
+            found = sample(network, batch, stops[rank], watch=lambda t, rows, logits: seen.append(len(rows)))
+        return found, len(calls), seen
+
+    ranks = processes(2, work)
+    for rank, (found, calls, seen) in enumerate(ranks):
+        assert torch.equal(found, sample(policy(kind), batch, stops[rank]))
+        assert calls == (12 if rank == 1 or not whole else 1)
+        assert len(seen) == found.shape[1]
+        assert min(seen) > 0
+    assert [found.shape[1] for found, *_ in ranks] == [1, 12]
