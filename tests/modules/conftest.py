@@ -29,7 +29,7 @@ from rlhf_lightning.rollout.shaping import RunningMoments, moments_of
 from rlhf_lightning.types import Experience, PromptBatch, Rollout, ScoredRollout
 
 VOCABULARY = 258
-PATIENCE = 60
+PATIENCE = 30
 """Seconds that processes wait for each other."""
 # A wide initialisation: with the usual one all outputs are about equal, and a mistake would not show.
 LLAMA: dict[str, Any] = {
