@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from jaxtyping import Float, Int
 from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from rlhf_lightning.callbacks import ExactResume
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
@@ -47,6 +49,10 @@ class LanguageModule(LightningModule):
         """Take the DataModule's tokenizer where the module has none."""
         if self.tokenizer is None and self._datamodule is not None:
             self.tokenizer = self._datamodule.tokenizer
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return what makes a run that goes on from a checkpoint equal to the uninterrupted one."""
+        return [ExactResume()]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the Hugging Face folder that the next stage, or `transformers` alone, can load."""
