@@ -57,11 +57,16 @@ class ExactResume(Callback):
                 len(state["random_states"]),
                 trainer.world_size,
             )
-        metrics = {name: torch.tensor(value) for name, value in state["metrics"].items()}
-        trainer._logger_connector._callback_metrics.update(metrics)
+        _show_metrics(trainer, state["metrics"])
         if state["batches_that_stepped"] is not None:
             # Lightning counts one more where a validation would have followed the last batch.
             trainer.fit_loop.epoch_loop._batches_that_stepped = state["batches_that_stepped"]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the metrics of a checkpoint after which there was nothing left to train."""
+        if self._loaded is not None:
+            _show_metrics(trainer, self._loaded["metrics"])
+            self._loaded = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the random states."""
@@ -72,6 +77,10 @@ class ExactResume(Callback):
         if self._before_validation is not None:
             set_random_state(self._before_validation, pl_module.device)
             self._before_validation = None
+
+
+def _show_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
+    trainer._logger_connector._callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 
 def stand_between_batches(loops: dict[str, Any], *, batches_of_epoch: float) -> bool:

@@ -88,7 +88,7 @@ def checkpoint(ckpt_path: str | None, output_dir: str) -> str | None:
     return ckpt_path
 
 
-def same_wandb_run(logger: Config | None, ckpt_path: str | None) -> Config | None:
+def same_wandb_run(logger: Config | None, ckpt_path: str | Path | None) -> Config | None:
     """Return the node of the loggers, that of Weights & Biases with the id of the run that the checkpoint is of."""
     if logger is None or ckpt_path is None:
         return logger
