@@ -127,7 +127,7 @@ class ResumeCheckpoint(Checkpoint):
         self.written = [*(other for other in self.written if other != name), name]
         failure: str | None = None
         try:
-            trainer.save_checkpoint(self.dirpath / (name + suffix))
+            trainer.save_checkpoint(self.dirpath / (name + suffix), weights_only=False)
         except OSError as error:
             failure = f"{self.dirpath / name} cannot be written: {error.strerror}; the checkpoints before it are whole"
             # The other processes wait at the end of save_checkpoint.
