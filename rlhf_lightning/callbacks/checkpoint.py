@@ -41,7 +41,8 @@ class ResumeCheckpoint(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self.keep = keep
         self.written: list[str] = []
-        """Names of the files that this run wrote and may delete, the oldest first."""
+        """Names of the newest files that this run wrote, the oldest first."""
+        self._too_old: list[str] = []
         self.last_model_path = ""
         # Read by the logger of Weights & Biases.
         self.current_score = None
@@ -107,8 +108,9 @@ class ResumeCheckpoint(Checkpoint):
         return {"written": self.written}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the files of the run before."""
+        """Go on with the files of the run before, which may have been killed before it deleted the oldest."""
         self.written = list(state_dict["written"])
+        self._set_aside_oldest()
 
     def _note(self, signal_number: int, frame: FrameType | None) -> None:
         self._told_to_stop = True
@@ -137,17 +139,22 @@ class ResumeCheckpoint(Checkpoint):
             raise InputError(failure)
         self._saved_at = trainer.global_step
 
-    def _publish(self, trainer: Trainer, name: str) -> None:
+    def _publish(self, trainer: Trainer, newest: str) -> None:
         """Lead ``last.ckpt`` to the new checkpoint, delete the oldest, tell the loggers."""
-        self.last_model_path = str(self.dirpath / name)
-        old, self.written = self.written[: -self.keep], self.written[-self.keep :]
+        self.last_model_path = str(self.dirpath / newest)
+        self._set_aside_oldest()
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         link, new_link = self.dirpath / f"last{SUFFIX}", self.dirpath / f"last{SUFFIX}{PARTIAL}"
         new_link.unlink(missing_ok=True)
-        new_link.symlink_to(name)
+        new_link.symlink_to(newest)
         move(new_link, link)
-        for other in old:
-            trainer.strategy.checkpoint_io.remove_checkpoint(self.dirpath / other)
+        for name in self._too_old:
+            trainer.strategy.checkpoint_io.remove_checkpoint(self.dirpath / name)
+        self._too_old = []
         for logger in trainer.loggers:
             logger.after_save_checkpoint(proxy(self))
+
+    def _set_aside_oldest(self) -> None:
+        self._too_old += self.written[: -self.keep]
+        self.written = self.written[-self.keep :]

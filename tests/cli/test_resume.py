@@ -221,7 +221,7 @@ def forked(function: Callable[[], int]) -> int:
     """Start the function in a process group of its own, with all that is imported already; return its id."""
     process = os.fork()
     if process == 0:
-        os.setsid()
+        os.setpgid(0, 0)
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
@@ -231,6 +231,8 @@ def forked(function: Callable[[], int]) -> int:
             os._exit(function())
         except BaseException:
             os._exit(1)
+    # Here, too: it may be killed before it has done so itself.
+    os.setpgid(process, process)
     return process
 
 
