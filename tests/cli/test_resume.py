@@ -22,6 +22,7 @@ from rlhf_lightning.cli.train import same_wandb_run
 
 HELPERS = """
 import random, time
+from pathlib import Path
 from lightning.pytorch.callbacks import Callback
 
 class StopAt(Callback):
@@ -33,7 +34,8 @@ class StopAt(Callback):
 
 class Slow(Callback):
     def on_train_batch_end(self, *_):
-        time.sleep(0.02)
+        Path("trained").touch()
+        time.sleep(0.1)
 
 def noisy_score(prompts, responses, **columns):
     return [len(response) / 10 + random.random() for response in responses]
@@ -148,7 +150,11 @@ def assert_same_runs(one: str, other: str) -> None:
     files = [Path(folder, "model", "model.safetensors").read_bytes() for folder in (one, other)]
     assert files[0] == files[1]
     assert rows(one) == rows(other)
-    assert_same(*(torch.load(f"{folder}/checkpoints/last.ckpt", weights_only=True) for folder in (one, other)))
+    states = [torch.load(f"{folder}/checkpoints/last.ckpt", weights_only=True) for folder in (one, other)]
+    for state in states:
+        # Which files there were before differs with the steps at which a run was stopped.
+        del state["callbacks"]["ResumeCheckpoint"]
+    assert_same(*states)
 
 
 @pytest.mark.parametrize(
@@ -236,14 +242,19 @@ def forked(function: Callable[[], int]) -> int:
     return process
 
 
+def ended(process: int) -> None:
+    """Wait for a process, which must end well."""
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
 def killed_after(seconds: float, function: Callable[[], int]) -> bool:
-    """Run the function in a process that is killed by SIGKILL after a while; return whether it was."""
+    """Run the function in a process that is killed by SIGKILL after a while; False where it had ended well by then."""
     process = forked(function)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if os.waitpid(process, os.WNOHANG)[0]:
-            return False
-        time.sleep(0.002)
+    time.sleep(seconds)
+    found, status = os.waitpid(process, os.WNOHANG)
+    if found:
+        assert os.waitstatus_to_exitcode(status) == 0
+        return False
     os.killpg(process, signal.SIGKILL)
     os.waitpid(process, 0)
     return True
@@ -260,19 +271,15 @@ def test_ten_of_ten_runs_killed_at_random_moments_go_on_bit_for_bit(
     # Checkpoints at every step: many of the kills meet one that is being written.
     more = [*more, "callbacks.checkpoint.every_n_train_steps=1"]
     start = time.monotonic()
-    assert (
-        os.waitstatus_to_exitcode(os.waitpid(forked(lambda: run_verb("train", arguments(stage, "whole", *more))), 0)[1])
-        == 0
-    )
+    ended(forked(lambda: run_verb("train", arguments(stage, "whole", *more))))
     seconds = time.monotonic() - start
     noise, kills = random.Random(f"{stage} {len(more)}"), 0
     for trial in range(10):
         name = f"killed{trial}"
         command = arguments(stage, name, *more, "ckpt_path=auto")
-        for _ in range(20):
-            if not killed_after(noise.uniform(0.2, 1.0) * seconds, lambda command=command: run_verb("train", command)):
-                break
-            kills += 1
+        for _ in range(2):
+            kills += killed_after(noise.uniform(0.3, 0.9) * seconds, lambda command=command: run_verb("train", command))
+        ended(forked(lambda command=command: run_verb("train", command)))
         assert_same_runs("whole", name)
     assert kills >= 10
 
@@ -311,23 +318,20 @@ def test_a_run_that_is_terminated_and_requeued_with_the_same_command_goes_on_bit
         return [*program, *arguments("ppo", output_dir, f"trainer={trainer}", *more)]
 
     subprocess.run(command("whole"), check=True, capture_output=True)
-    codes = []
-    for _ in range(20):
-        requeued = command("half", "ckpt_path=auto", slow, "callbacks.checkpoint.every_n_train_steps=1000")
+    codes: list[int] = []
+    requeued = command("half", "ckpt_path=auto", slow, "callbacks.checkpoint.every_n_train_steps=1000")
+    while not codes or codes[-1] != 0:
+        assert len(codes) < 10
+        Path("trained").unlink(missing_ok=True)
         with subprocess.Popen(requeued, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            logs = len(list(Path("half/logs").glob("version_*/hparams.yaml")))
-            deadline = time.monotonic() + 120
-            while process.poll() is None and len(list(Path("half/logs").glob("version_*/hparams.yaml"))) == logs:
-                assert time.monotonic() < deadline
+            while process.poll() is None and not Path("trained").exists():
                 time.sleep(0.05)
-            time.sleep(1.5)
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+            time.sleep(0.7)
+            process.send_signal(signal.SIGTERM)
             _, errors = process.communicate(timeout=120)
-        codes.append(process.returncode)
-        if process.returncode == 0:
-            break
         assert "Traceback" not in errors, errors
-    assert codes[-1] == 0
+        # As a shell tells it: one that is past its training ends by the signal itself.
+        codes.append(128 - process.returncode if process.returncode < 0 else process.returncode)
+    assert len(codes) > 1
     assert set(codes[:-1]) == {143}, codes
     assert_same_runs("whole", "half")
