@@ -44,7 +44,9 @@ class ResumeCheckpoint(Checkpoint):
         """Names of the newest files that this run wrote, the oldest first."""
         self._too_old: list[str] = []
         self.last_model_path = ""
-        # Read by the logger of Weights & Biases.
+        # Read by the logger of Weights & Biases, which uploads the newest file at the end.
+        self.save_top_k = keep
+        self.best_model_path = ""
         self.current_score = None
         self._saved_at = 0
         self._told_to_stop = False
@@ -59,7 +61,7 @@ class ResumeCheckpoint(Checkpoint):
         if stage == "fit" and trainer.is_global_zero:
             for suffix in (PARTIAL, PENDING):
                 for left_over in self.dirpath.glob(f"*{suffix}"):
-                    left_over.unlink()
+                    trainer.strategy.checkpoint_io.remove_checkpoint(left_over)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for signals in place of Lightning, which talks to other processes in the midst of a computation."""

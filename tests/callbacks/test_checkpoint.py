@@ -6,6 +6,8 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.utilities import _scan_checkpoints
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
@@ -65,7 +67,7 @@ def fit(*callbacks: Callback, module: LightningModule | None = None, **settings:
         enable_model_summary=False,
         **{"max_epochs": 1, **settings},
     )
-    loader = DataLoader(torch.arange(8.0).unsqueeze(1))  # type: ignore[arg-type]
+    loader = DataLoader(torch.ones(8, 1))  # type: ignore[arg-type]
     trainer.fit(module or Module(), loader, ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
@@ -122,12 +124,12 @@ def test_the_checkpoint_of_the_end_counts_only_when_the_model_is_exported(tmp_pa
     assert not (tmp_path / "model").exists()
     fit(export, ResumeCheckpoint(folder, every_n_train_steps=3), ckpt_path=newest_whole(folder))
     assert names(folder) == ["last.ckpt", "step-6.ckpt", "step-8.ckpt"]
-    assert float((tmp_path / "model" / "config.json").read_text()) == pytest.approx(100 * (1 - 0.1 * sum(range(8))))
+    assert float((tmp_path / "model" / "config.json").read_text()) == pytest.approx(100 * (1 - 8 * 0.1), rel=1e-5)
 
 
 def test_what_a_killed_run_left_unfinished_is_swept_up(tmp_path: Path) -> None:
-    for name in ("step-3.ckpt.partial", "step-8.ckpt.pending"):
-        (tmp_path / name).touch()
+    (tmp_path / "step-3.ckpt.partial").touch()
+    (tmp_path / "step-8.ckpt.pending").mkdir()  # a folder of shards
     fit(ResumeCheckpoint(tmp_path))
     assert names(tmp_path) == ["last.ckpt", "step-8.ckpt"]
 
@@ -151,6 +153,16 @@ def test_a_module_that_does_not_bring_exact_resume_is_an_error(tmp_path: Path) -
     with pytest.raises(InputError, match="needs the callback ExactResume beside it; Plain does not bring it"):
         fit(ResumeCheckpoint(tmp_path), module=Plain())
     fit(ResumeCheckpoint(tmp_path), ExactResume(), module=Plain())
+
+
+def test_weights_and_biases_find_the_newest_file_to_upload(tmp_path: Path) -> None:
+    checkpoint = ResumeCheckpoint(tmp_path, every_n_train_steps=2)
+    fit(checkpoint)
+    assert [path for _, path, _, _ in _scan_checkpoints(checkpoint, {})] == [str(tmp_path / "step-8.ckpt")]
+    checkpoint_read_by_lightning: Any = checkpoint
+    WandbLogger(offline=True, log_model=False).after_save_checkpoint(checkpoint_read_by_lightning)
+    assert checkpoint.save_top_k != -1  # each one would be uploaded at once
+    assert checkpoint.best_model_path != checkpoint.last_model_path
 
 
 @pytest.mark.parametrize("setting", ["every_n_train_steps", "keep"])
