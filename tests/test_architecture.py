@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "networks": GROUND | {"functional"},
     "rollout": GROUND | {"functional", "networks"},
     "preflight": GROUND | {"functional", "networks", "rollout"},
-    "modules": GROUND | {"functional", "networks", "rollout", "preflight"},
+    "modules": GROUND | {"functional", "networks", "rollout", "preflight", "callbacks"},
     "data": GROUND,
     "callbacks": GROUND,
     "world": GROUND,

@@ -7,7 +7,6 @@ CHATTER = [
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning 2.6 with torch 2.15
     r".*does not have many workers.*",  # the data sets are small and tokenised in memory
     r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own directory
-    r".*Using ModelCheckpoint with manual optimization.*",  # what PPO's checkpoint holds is what it goes on from
     r".*The number of training batches .* is smaller than the logging interval.*",
 ]
 

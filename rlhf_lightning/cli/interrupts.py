@@ -1,5 +1,6 @@
 """What is said when a run ends early: what is kept, and the command that goes on from there."""
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -38,12 +39,20 @@ def resumable(hint: Callable[[], str | None]) -> Iterator[None]:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise Stopped(hint() or NOTHING_KEPT, CTRL_C) from stop
         if type(stop).__name__ == "SIGTERMException":
+            if started_by_lightning():
+                # Lightning kills all processes, with another exit code, when one that it started fails.
+                sys.exit(0)
             raise Stopped(hint() or NOTHING_KEPT, TERMINATED) from stop
         raise
     except Exception as error:
         if kept := hint():
             error.add_note(kept)
         raise
+
+
+def started_by_lightning() -> bool:
+    """Return whether Lightning started this process beside the one of the command, which speaks for all."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def this_command(*more: str) -> str:

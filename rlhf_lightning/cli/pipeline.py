@@ -11,10 +11,11 @@ from rlhf_lightning.cli.build import build, build_all
 from rlhf_lightning.cli.checks import Config, check, check_strategy, leaves, plain
 from rlhf_lightning.cli.console import quieten_libraries
 from rlhf_lightning.cli.interrupts import resumable, this_command
+from rlhf_lightning.cli.progress import Progress
 from rlhf_lightning.cli.rehearsal import bare_trainer, look_at_rows, rehearse
 from rlhf_lightning.cli.stages import Records, run_stage
+from rlhf_lightning.cli.train import CHECKPOINTS, build_trainer, closing_loggers, log_settings, same_wandb_run
 from rlhf_lightning.cli.train import ROOT_KEYS as TRAIN_KEYS
-from rlhf_lightning.cli.train import build_trainer, closing_loggers, log_settings
 from rlhf_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ def _check_sources(settings: Config) -> None:
     data = settings["data"]
     if settings["ckpt_path"] is not None:
         raise InputError(
-            f"ckpt_path={settings['ckpt_path']}: the pipeline goes on after its last complete stage by itself when the "
-            "same command is run again; ckpt_path is for `rlhf train`"
+            f"ckpt_path={settings['ckpt_path']}: the pipeline goes on from its last checkpoint by itself when the same "
+            "command is run again; ckpt_path is for `rlhf train`"
         )
     if settings["network"]["pretrained"] is None:
         raise InputError(
@@ -139,6 +140,7 @@ class Pipeline:
         self.world: World | None = None if settings["world"] is None else build("world", settings["world"])
         self.folder = Path(settings["output_dir"])
         self.records = Records(self.folder / "stages")
+        self.progress = Progress(self.folder / CHECKPOINTS)
         self.done: dict[str, Config] = {}
         self.evaluated_now = False
 
@@ -156,6 +158,11 @@ class Pipeline:
 
     def how_to_go_on(self) -> str | None:
         """Return what is kept of a run that ended early, and the command that goes on after it; None for nothing."""
+        from rlhf_lightning.callbacks import checkpoints
+
+        begun = [path for folder in self.progress.folder.glob("*") for path in checkpoints(folder)]
+        if begun:
+            return f"the last checkpoint is {begun[0]}; go on from it with\n  {this_command()}"
         if not any(self.records.folder.glob("*.json")):
             return None
         return f"finished stages are kept in {self.folder}; go on after them with\n  {this_command()}"
@@ -208,7 +215,7 @@ class Pipeline:
         self._stage(
             stage,
             settings,
-            lambda: train(self.settings | settings, stage, self.folder, callbacks),
+            lambda: train(self.settings | settings, stage, self.folder, callbacks, self.progress.of(stage)),
             outputs=[self.folder / stage],
             inputs=self._files(stage),
         )
@@ -343,7 +350,14 @@ class Pipeline:
         inputs: "Sequence[Path]" = (),
     ) -> None:
         self.done[name] = run_stage(
-            self.records, name, settings, body, outputs=outputs, inputs=inputs, before=self.done
+            self.records,
+            name,
+            settings,
+            body,
+            outputs=outputs,
+            inputs=inputs,
+            before=self.done,
+            progress=self.progress,
         )
 
     def _report(self) -> None:
@@ -366,7 +380,7 @@ class Pipeline:
         from rlhf_lightning.callbacks import log_figures, log_headline
         from rlhf_lightning.evaluation.report import report_figures
 
-        nodes = stage_settings(self.settings, "report", self.folder)["logger"]
+        nodes = stage_settings(self.settings, "report", self.folder, self.folder)["logger"]
         loggers = build_all("logger", nodes).values()
         with closing_loggers(loggers):
             log_headline(loggers, report)
@@ -380,21 +394,29 @@ def _data_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
 
 
-def train(settings: Config, stage: str, folder: Path, callbacks: "list[Callback]") -> Config:
-    """Train the stage, write its Hugging Face folder, and return what was measured."""
+def train(settings: Config, stage: str, folder: Path, callbacks: "list[Callback]", checkpoints: Path) -> Config:
+    """Train the stage, write its Hugging Face folder, and return what was measured.
+
+    It goes on from the newest whole one of the ``checkpoints``, if there is one.
+    """
     from lightning import seed_everything
 
-    from rlhf_lightning.callbacks import History
+    from rlhf_lightning.callbacks import History, newest_whole
 
+    ckpt_path = newest_whole(checkpoints)
+    if ckpt_path is not None:
+        print(f"goes on from {ckpt_path}", flush=True)
     # Each stage starts from the seed, so that skipping the ones before does not change it.
     seed_everything(settings["seed"], workers=True, verbose=False)
     module: LightningModule = build(f"module.{stage}", settings["module"])
     data: LightningDataModule = build(f"data.{stage}", settings["data"])
     history = History()
-    trainer = build_trainer(stage_settings(settings, stage, folder), [*callbacks, history])
+    of_stage = stage_settings(settings, stage, folder, checkpoints)
+    of_stage["logger"] = same_wandb_run(of_stage["logger"], ckpt_path)
+    trainer = build_trainer(of_stage, [*callbacks, history])
     with closing_loggers(trainer.loggers):
         log_settings(trainer, settings)
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return {
         "steps": trainer.global_step,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
@@ -402,14 +424,24 @@ def train(settings: Config, stage: str, folder: Path, callbacks: "list[Callback]
     }
 
 
-def stage_settings(settings: Config, stage: str, folder: Path) -> Config:
-    """Return the settings with the callbacks and loggers of one stage: each exports to, and logs to, its own folder."""
-    export = {"_target_": "rlhf_lightning.callbacks.HuggingFaceExport", "dirpath": str(folder / stage)}
+def stage_settings(settings: Config, stage: str, folder: Path, checkpoints: Path) -> Config:
+    """Return the settings with the callbacks and loggers of one stage: each writes to, and logs to, its own folder."""
+    callbacks = {
+        **settings["callbacks"],
+        "export": {"_target_": "rlhf_lightning.callbacks.HuggingFaceExport", "dirpath": str(folder / stage)},
+    }
+    checkpoint = callbacks.get("checkpoint")
+    if checkpoint is not None:
+        # A rollout takes as long as many steps of the other stages.
+        every = checkpoint["every_n_train_steps"] // (10 if stage == "ppo" else 1)
+        own = {"dirpath": str(checkpoints), "every_n_train_steps": max(1, every)}
+        callbacks["checkpoint"] = {**checkpoint, **own}
     logger = settings["logger"]
     if logger is not None and "_target_" in logger:
         name = stage if logger["name"] in (None, "logs") else f"{logger['name']}-{stage}"
         logger = {**logger, "name": name, "save_dir": str(folder / "logs")}
-    return {**settings, "callbacks": {**settings["callbacks"], "export": export}, "logger": logger}
+    trainer = {**settings["trainer"], "enable_checkpointing": checkpoint is not None}
+    return {**settings, "callbacks": callbacks, "logger": logger, "trainer": trainer}
 
 
 def say(folder: Path, page: Path, report: Config) -> None:

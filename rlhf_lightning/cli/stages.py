@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rlhf_lightning.cli.checks import Config
+from rlhf_lightning.cli.progress import Progress
 from rlhf_lightning.errors import InputError
 
 
@@ -52,13 +53,14 @@ def run_stage(
     outputs: Sequence[Path],
     before: Collection[str],
     inputs: Sequence[Path] = (),
+    progress: Progress | None = None,
 ) -> Config:
     """Return the record of a stage: the stored one, or that of running ``body``, whose result is its ``result``.
 
     A stage is complete while its record and all its ``outputs`` are there, and none of the files that it read, its
     ``inputs``, holds anything else by now. Otherwise only the stages ``before`` it stay complete, since the others were
     made from what it wrote. Raises `InputError` where it was completed with other settings: nothing of another run is
-    mixed in silently.
+    mixed in silently. ``progress`` holds what a stage keeps while it runs, for the next time if it is stopped.
     """
     # As it will be read back: tuples are lists there.
     settings = json.loads(json.dumps(settings))
@@ -70,11 +72,15 @@ def run_stage(
         reasons += [f"{path} has changed" for path in contents if stored["inputs"].get(path) != contents[path]]
         if not reasons:
             print(f"\n=== {stage}: complete already, skipped", flush=True)
+            if progress is not None:
+                progress.end(stage)
             return stored
         print(f"\n=== {stage}: {reasons[0]}, so it and what follows run again", flush=True)
         records.keep_only(before)
     else:
         print(f"\n=== {stage}", flush=True)
+    if progress is not None:
+        progress.begin(stage, {"settings": settings, "inputs": contents})
     start = time.perf_counter()
     result = body()
     record = {
@@ -86,6 +92,8 @@ def run_stage(
         "result": result,
     }
     records.write(stage, record)
+    if progress is not None:
+        progress.end(stage)
     return record
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.loggers import Logger, WandbLogger
 
+CHECKPOINTS = "checkpoints"
+"""The folder in ``output_dir`` that conf/callbacks names."""
+
 ROOT_KEYS = [
     "seed",
     "data_root",
@@ -39,6 +42,7 @@ def run(config: DictConfig) -> float | None:
     ckpt_path = checkpoint(settings["ckpt_path"], settings["output_dir"])
     check(settings, known=ROOT_KEYS)
     check_strategy(settings["module"], settings["trainer"])
+    settings["logger"] = same_wandb_run(settings["logger"], ckpt_path)
 
     from lightning import seed_everything
 
@@ -65,25 +69,40 @@ def build_trainer(settings: Config, more_callbacks: "Sequence[Callback]" = ()) -
 
 
 def checkpoint(ckpt_path: str | None, output_dir: str) -> str | None:
-    """Return the checkpoint to go on from, ``"last"`` looked up in ``output_dir``.
+    """Return the checkpoint to go on from: ``"last"`` and ``"auto"`` are the newest whole one in ``output_dir``.
 
-    Raises `InputError` if there is none.
+    Raises `InputError` if there is none; with ``"auto"`` the run then starts anew.
     """
     if ckpt_path is None:
         return None
-    found = last_checkpoint(output_dir) if ckpt_path == "last" else Path(ckpt_path)
-    if found is None:
-        raise InputError(f"ckpt_path=last: there is no checkpoint in output_dir={output_dir}")
-    if not found.exists():
+    from rlhf_lightning.callbacks.checkpoint_file import fault, newest_whole
+
+    if ckpt_path in ("last", "auto"):
+        newest = newest_whole(Path(output_dir, CHECKPOINTS))
+        if newest is None and ckpt_path == "last":
+            raise InputError(f"ckpt_path=last: there is no whole checkpoint in output_dir={output_dir}")
+        return None if newest is None else str(newest)
+    if not Path(ckpt_path).exists():
         raise InputError(f"ckpt_path={ckpt_path} does not exist")
-    return str(found)
+    reason = fault(Path(ckpt_path))
+    if reason is not None:
+        raise InputError(f"ckpt_path={ckpt_path}: {reason}")
+    return ckpt_path
 
 
-def last_checkpoint(output_dir: str) -> Path | None:
-    """Return the newest checkpoint below ``output_dir``."""
-    # While a new checkpoint takes the place of the old one, last.ckpt is a link to nothing.
-    checkpoints = (path for path in Path(output_dir).glob("checkpoints/*.ckpt") if path.exists())
-    return max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
+def same_wandb_run(logger: Config | None, ckpt_path: str | Path | None) -> Config | None:
+    """Return the node of the loggers, that of Weights & Biases with the id of the run that the checkpoint is of."""
+    if logger is None or ckpt_path is None:
+        return logger
+    if "_target_" not in logger:
+        return {name: same_wandb_run(node, ckpt_path) for name, node in logger.items()}
+    if not logger["_target_"].endswith(".WandbLogger"):
+        return logger
+    from rlhf_lightning.callbacks.resume import wandb_ids
+
+    ids = wandb_ids(ckpt_path)
+    # W&B goes on with the run where it is online, and writes a second folder with the same id where it is offline.
+    return logger | {"id": ids[0], "resume": "allow"} if ids else logger
 
 
 def log_settings(trainer: "Trainer", settings: Config) -> None:
@@ -131,7 +150,9 @@ def objective(trainer: "Trainer") -> float | None:
 
 
 def _how_to_go_on(settings: Config) -> str | None:
-    last = last_checkpoint(settings["output_dir"])
+    from rlhf_lightning.callbacks import checkpoints
+
+    last = next(checkpoints(Path(settings["output_dir"], CHECKPOINTS)), None)
     if last is None:
         return None
     return f"the last checkpoint is {last}; go on with\n  {this_command('ckpt_path=last')}"

@@ -105,6 +105,7 @@ class TextDataModule(LightningDataModule, Generic[Item]):
         self._given_tokenizer = tokenizer
         self._train_made_for: tuple[object, ...] | None = None
         self._val_made_for: tuple[object, ...] | None = None
+        self._begin_at = {"epoch": 0, "position": 0}
 
     def setup(self, stage: str) -> None:
         """Read and tokenise, unless it was done before with the same tokenizer and limit."""
@@ -119,6 +120,9 @@ class TextDataModule(LightningDataModule, Generic[Item]):
         sampler = EpochSampler(
             len(self.train_items), batch_size=self.batch_size, seed=self.seed, lengths=lengths, **self._ranks()
         )
+        # Before the loader is iterated: its workers read ahead.
+        sampler.epoch, sampler.position = self._begin_at["epoch"], self._begin_at["position"]
+        self._begin_at = {"epoch": 0, "position": 0}
         return self._loader(self.train_items, sampler, drop_last=self.drop_incomplete_batch)
 
     def val_dataloader(self) -> "DataLoader[Any] | list[Any]":
@@ -131,6 +135,27 @@ class TextDataModule(LightningDataModule, Generic[Item]):
         ranks = self._ranks()
         sampler: Sampler[int] = DistributedSampler(rows, ranks["num_replicas"], ranks["rank"], shuffle=False)
         return self._loader(self.val_items, sampler, drop_last=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the training rows: the epoch, and how many rows of it this process has trained on."""
+        if self.trainer is None:
+            return {}
+        loop = self.trainer.fit_loop
+        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
+        # All that count as done while hooks run after the batch.
+        done: int = batches.state_dict()["processed"]
+        if done >= self.trainer.num_training_batches:
+            return {"epoch": epochs.ready, "position": 0}
+        return {"epoch": max(0, epochs.ready - 1), "position": done * self.batch_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Begin the next training loader at the place of a checkpoint."""
+        self._begin_at = {"epoch": state_dict["epoch"], "position": state_dict["position"]}
+        # Lightning looks only at the loader, which is resumable by its sampler.
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+        if self.trainer is not None:
+            # Strategies that load checkpoints late have made the loader already: it is made again.
+            self.trainer.fit_loop._combined_loader = None
 
     @abstractmethod
     def items(self, row: Row, encoder: Encoder, limit: Limit | None) -> list[Item]:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from jaxtyping import Float, Int
 from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from rlhf_lightning.callbacks import ExactResume
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
@@ -62,6 +64,10 @@ class LanguageModule(LightningModule):
             mesh = check_mesh(self.device_mesh)
             for network in networks:
                 shard(network, mesh)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return what makes a run that goes on from a checkpoint equal to the uninterrupted one."""
+        return [ExactResume()]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the Hugging Face folder that the next stage, or `transformers` alone, can load.

@@ -220,7 +220,7 @@ class PPOModule(LanguageModule):
                 "rollout; use PPOModule(minibatch_size=..., micro_batch_size=...): gradients of micro-batches add up "
                 "to those of their minibatch"
             )
-        return []
+        return super().configure_callbacks()
 
     def configure_model(self) -> None:
         """Make the reward, and the critic where the estimator needs one, once the policy's tokenizer is known."""

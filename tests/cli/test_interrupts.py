@@ -1,6 +1,7 @@
 import sys
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rlhf_lightning.cli.interrupts import NOTHING_KEPT, Stopped, resumable, this_command
 
@@ -41,3 +42,18 @@ def test_where_nothing_was_kept_a_stop_says_so_and_an_error_is_left_as_it_is() -
 def test_the_inner_hint_has_the_last_word() -> None:
     with pytest.raises(Stopped, match="inner"), resumable(lambda: "outer"), resumable(lambda: "inner"):
         raise KeyboardInterrupt
+
+
+def test_a_process_that_lightning_started_leaves_the_exit_code_to_the_first_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def terminated() -> int:
+        with pytest.raises((Stopped, SystemExit)) as stop, resumable(lambda: "kept"):
+            raise SIGTERMException
+        return stop.value.exit_code if isinstance(stop.value, Stopped) else int(stop.value.code)
+
+    assert terminated() == 143
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert terminated() == 143
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert terminated() == 0

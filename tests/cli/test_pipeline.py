@@ -91,6 +91,44 @@ def test_the_same_seed_gives_the_same_figures(finished: Path, tmp_path: Path) ->
         assert one[key] == other[key]
 
 
+STOPPING = """
+from lightning.pytorch.callbacks import Callback
+class StopIn(Callback):
+    def __init__(self, module, step):
+        self.module, self.step = module, step
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if type(pl_module).__name__ == self.module and trainer.global_step == self.step:
+            raise ZeroDivisionError
+"""
+
+
+def test_a_pipeline_that_stops_within_stages_goes_on_there_and_ends_bit_for_bit_the_same(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stopping.py").write_text(STOPPING, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "out"
+    again = [*TINY, f"output_dir={folder}", "callbacks.checkpoint.every_n_train_steps=1"]
+    for module in ("SFTModule", "RewardModule", "PPOModule"):
+        stop = f"{{_target_: stopping.StopIn, module: {module}, step: 2}}"
+        with pytest.raises(ZeroDivisionError) as error:
+            run_verb("pipeline", [*again, f"+callbacks.stop={stop}"])
+        last = next(folder.glob("checkpoints/*/step-1.ckpt"))
+        assert f"the last checkpoint is {last}; go on from it with\n  rlhf pipeline" in error.value.__notes__[0]
+    capsys.readouterr()
+    assert run_verb("pipeline", again) == 0
+    assert f"goes on from {folder / 'checkpoints' / 'ppo' / 'step-1.ckpt'}" in capsys.readouterr().out
+    one, other = report(finished), report(folder)
+    for key in ("win_rate", "judge_score", "reward", "ppo", "curves", "samples"):
+        assert one[key] == other[key]
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        records = [json.loads((f / "stages" / f"{stage}.json").read_text("utf-8")) for f in (finished, folder)]
+        assert records[0]["result"] == records[1]["result"]
+        weights = [(f / stage / "model.safetensors").read_bytes() for f in (finished, folder)]
+        assert weights[0] == weights[1]
+    assert not (folder / "checkpoints").exists()
+
+
 def test_the_exported_policy_generates_as_ours_with_transformers_alone(finished: Path) -> None:
     from transformers import pipeline
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from rlhf_lightning.cli.application import run_verb
-from rlhf_lightning.cli.train import last_checkpoint
+from rlhf_lightning.cli.train import checkpoint
 
 REWARDS = """
 def length(prompts, responses, scale=1.0, **columns):
@@ -52,7 +53,7 @@ def test_fine_tuning_writes_model_log_checkpoint_and_config(
     AutoModelForCausalLM.from_pretrained("out/model")
     AutoTokenizer.from_pretrained("out/model")
     assert {"sft/loss", "sft/val_loss"} <= logged("out")
-    assert last_checkpoint("out") is not None
+    assert checkpoint("last", "out") is not None
     composed = OmegaConf.load("out/.hydra/config.yaml")
     assert composed.network.pretrained == str(tiny_model)  # type: ignore[union-attr]
     assert str(Path("out").absolute()) in capsys.readouterr().out
@@ -197,9 +198,9 @@ def test_run_of_few_rollouts_that_fails_has_kept_some_and_says_how_to_go_on(
     said = capfd.readouterr().err
     assert "reward function reward raised AssertionError: out of order" in said
     assert "Using ModelCheckpoint with manual optimization" not in said
-    last = last_checkpoint("out")
+    last = checkpoint("last", "out")
     assert last is not None
-    assert f"the last checkpoint is {last.absolute()}" in said
+    assert f"the last checkpoint is {Path(last).absolute()}" in said
     (command,) = [line.split() for line in said.splitlines() if line.startswith("  rlhf train")]
     assert "module=ppo" in command
     assert command[-1] == "ckpt_path=last"
@@ -217,9 +218,9 @@ def test_checkpoint_whose_link_leads_to_nothing_is_passed_over(tmp_path: Path) -
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "last.ckpt").symlink_to("step-10.ckpt")
-    assert last_checkpoint(str(tmp_path)) is None
-    (folder / "step-20.ckpt").touch()
-    assert last_checkpoint(str(tmp_path)) == folder / "step-20.ckpt"
+    assert checkpoint("auto", str(tmp_path)) is None
+    torch.save({}, folder / "step-20.ckpt")
+    assert checkpoint("auto", str(tmp_path)) == str(folder / "step-20.ckpt")
 
 
 @pytest.mark.parametrize(("signal_", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

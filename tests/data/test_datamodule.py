@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -91,6 +93,63 @@ def test_the_same_seed_reads_the_same_and_another_seed_does_not(tokenizer: PreTr
 
     assert read(0) == read(0)
     assert read(0) != read(1)
+
+
+class Flat(Recorder):
+    """Records the rows of all epochs in one list."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer)
+        self.rows: list[list[int]] = []
+
+    def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+        self.rows += sequences(batch)
+        return self.weight * batch.loss_mask.sum()
+
+
+class Late(SingleDeviceStrategy):
+    """Loads checkpoints when the loaders are made already, as strategies with sharded weights do."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        assert trainer.estimated_stepping_batches  # as schedules ask for it
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("strategy", ["auto", "late"])
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_a_resumed_run_reads_on_at_the_row_where_it_stopped(
+    num_workers: int, strategy: str, group_by_length: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    def read(**settings: Any) -> list[list[int]]:
+        ckpt_path = settings.pop("ckpt_path", None)
+        module = Flat(tokenizer)
+        data = SFTDataModule(
+            ROWS, val_fraction=0, batch_size=8, num_workers=num_workers, group_by_length=group_by_length
+        )
+        fitting = Trainer(
+            accelerator="cpu",
+            strategy=Late() if strategy == "late" else strategy,
+            callbacks=[ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            max_epochs=3,
+            **settings,
+        )
+        fitting.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+        return module.rows
+
+    whole = read()
+    assert len(whole) == 90  # 3 epochs of 8 + 8 + 8 + 6 rows
+    for step in (1, 3, 4, 6, 8, 11) if num_workers == 0 else (6,):
+        done = step // 4 * 30 + step % 4 * 8
+        assert read(ckpt_path=tmp_path / f"step={step}.ckpt") == whole[done:], step
 
 
 def test_workers_read_what_one_process_reads(tokenizer: PreTrainedTokenizerBase) -> None:
