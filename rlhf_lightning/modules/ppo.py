@@ -26,7 +26,7 @@ from rlhf_lightning.modules.language import LanguageModule, adamw, predictions, 
 from rlhf_lightning.modules.ppo_checks import KLPenalty, LossMean, check_settings
 from rlhf_lightning.modules.ptx import BatchStream
 from rlhf_lightning.networks import Critic, Model, load_policy, stop_token_ids
-from rlhf_lightning.preflight import check_ppo, of_status, refusal
+from rlhf_lightning.preflight import check_ppo, of_all_processes, of_status, refusal
 from rlhf_lightning.rollout.experience import (
     AdvantageSettings,
     Baseline,
@@ -431,9 +431,9 @@ class PPOModule(LanguageModule):
         if self.trainer.is_global_zero:
             for finding in of_status(findings, "warning"):
                 log.warning("preflight: %s", finding)
-        errors = torch.tensor(float(len(of_status(findings, "error"))), device=self.device)
-        if self.sum_over_ranks(errors):
-            raise refusal(findings, off="PPOModule(preflight=False), module.preflight=false, trains without this check")
+        errors = of_all_processes(of_status(findings, "error"))
+        if any(errors):
+            raise refusal(errors, off="PPOModule(preflight=False), module.preflight=false, trains without this check")
 
     @property
     def _reward(self) -> Reward:

@@ -1,6 +1,15 @@
 """Looking at the user's own model, tokenizer, data and reward before a run is paid for."""
 
-from rlhf_lightning.preflight.findings import Finding, of_status, refusal, untouched
+from rlhf_lightning.preflight.findings import Finding, of_all_processes, of_status, refusal, untouched
 from rlhf_lightning.preflight.stages import check_ppo, check_reward, check_sft
 
-__all__ = ["Finding", "check_ppo", "check_reward", "check_sft", "of_status", "refusal", "untouched"]
+__all__ = [
+    "Finding",
+    "check_ppo",
+    "check_reward",
+    "check_sft",
+    "of_all_processes",
+    "of_status",
+    "refusal",
+    "untouched",
+]
