@@ -29,7 +29,7 @@ from rlhf_lightning.modules.ptx import BatchStream
 from rlhf_lightning.modules.sharding import Gathering, gathered_where_wanted
 from rlhf_lightning.networks import Critic, Model, load_policy, stop_token_ids
 from rlhf_lightning.networks.sharding import set_gradient_sync
-from rlhf_lightning.preflight import check_ppo, check_ppo_strategy, of_status, refusal
+from rlhf_lightning.preflight import check_ppo, check_ppo_strategy, of_all_processes, of_status, refusal
 from rlhf_lightning.rollout.experience import (
     AdvantageSettings,
     Baseline,
@@ -464,9 +464,9 @@ class PPOModule(LanguageModule):
         if self.trainer.is_global_zero:
             for finding in of_status(findings, "warning"):
                 log.warning("preflight: %s", finding)
-        errors = torch.tensor(float(len(of_status(findings, "error"))), device=self.device)
-        if self.sum_over_ranks(errors):
-            raise refusal(findings, off="PPOModule(preflight=False), module.preflight=false, trains without this check")
+        errors = of_all_processes(of_status(findings, "error"))
+        if any(errors):
+            raise refusal(errors, off="PPOModule(preflight=False), module.preflight=false, trains without this check")
 
     @property
     def _reward(self) -> Reward:

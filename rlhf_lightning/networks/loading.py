@@ -112,7 +112,13 @@ def max_positions(model: nn.Module) -> int | None:
     """Return the longest sequence that the network's positions allow, None where they have no end."""
     config: Any = model.config
     # The attribute exists only for architectures with a table or a trained range of positions.
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return None
+    tables = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
+    paddings = [t.padding_idx for t in tables if isinstance(t, nn.Embedding) and t.padding_idx is not None]
+    # RoBERTa and its kin have rows up to that of padding which stand for no position.
+    return positions - max((padding + 1 for padding in paddings), default=0)
 
 
 def stop_token_ids(policy: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

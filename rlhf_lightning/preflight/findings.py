@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from rlhf_lightning.errors import InputError
 
@@ -34,9 +34,29 @@ def of_status(findings: Sequence[Finding], status: Status) -> list[Finding]:
     return [finding for finding in findings if finding.status == status]
 
 
-def refusal(findings: Sequence[Finding], *, off: str) -> InputError:
-    """Return the error that lists the findings with their remedies; ``off`` says how to train in spite of them."""
-    lines = [f"  {finding}" for finding in of_status(findings, "error")]
+def of_all_processes(findings: Sequence[Finding]) -> list[list[Finding]]:
+    """Return the findings of each process, by rank; all processes must call it."""
+    own = list(findings)
+    if not distributed.is_available() or not distributed.is_initialized():
+        return [own]
+    found = [own] * distributed.get_world_size()
+    distributed.all_gather_object(found, own)
+    return found
+
+
+def refusal(findings: Sequence[Sequence[Finding]], *, off: str) -> InputError:
+    """Return the error that lists the errors of each process with their remedies; ``off`` says how to train anyway.
+
+    What all processes found alike is said without their ranks.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, found in enumerate(findings):
+        for finding in of_status(found, "error"):
+            ranks.setdefault(str(finding), []).append(rank)
+    lines = [
+        f"  {finding}" if len(where) == len(findings) else f"  on rank {', '.join(map(str, where))}: {finding}"
+        for finding, where in ranks.items()
+    ]
     return InputError("\n".join([f"preflight found {len(lines)} error(s) before the first update:", *lines, off]))
 
 

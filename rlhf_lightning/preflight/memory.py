@@ -1,6 +1,6 @@
 """How much memory a run will need, by role, against what there is: an estimate."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ GIB = 2**30
 ADAMW_STATES = 2
 ACTIVATION_BYTES = 34
 """Of a token in a layer and a dimension at 16 bits, attention matrix left out (Korthikanti et al. 2023, eq. 1)."""
+
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""What a config must say for the work to be estimated."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,12 @@ def role_memory(network: nn.Module, device: torch.device) -> RoleMemory:
     trained = sum(size for p, size in sizes if p.requires_grad)
     there = sum(size for p, size in sizes if p.device == device)
     return RoleMemory(sum(size for _, size in sizes), trained, ADAMW_STATES * trained, there)
+
+
+def unsaid(network: nn.Module) -> list[str]:
+    """Return which of the numbers that the estimates of work need are not in a network's config."""
+    config: Any = network.config
+    return [name for name in SHAPE if not hasattr(config.get_text_config(), name)]
 
 
 def update_bytes(network: nn.Module, *, sequences: int, length: int, logits: int, networks: int = 1) -> int:
@@ -71,22 +80,26 @@ def free_bytes(device: torch.device) -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def check_memory(roles: Mapping[str, RoleMemory], work: Mapping[str, int], *, free: int | None) -> Finding:
+def check_memory(
+    roles: Mapping[str, RoleMemory], work: Mapping[str, int], *, free: int | None, lacking: Sequence[str] = ()
+) -> Finding:
     """Compare what is still needed with what is free.
 
     ``work`` holds what the phases need beside the networks; they follow each other, so the largest counts. Networks
-    that do not fit are an error; work, which is known roughly, is a warning.
+    that do not fit are an error; work, which is known roughly, is a warning. Without ``work``, since ``lacking`` is not
+    in a network's config, only the networks are compared.
     """
     name = "memory"
     lasting = sum(role.weights - role.there + role.gradients + role.optimizer for role in roles.values())
-    phase, most = max(work.items(), key=lambda item: item[1])
+    phase, most = max(work.items(), key=lambda item: item[1], default=("", 0))
     parts = [f"{role} {_size(need.weights + need.gradients + need.optimizer)}" for role, need in roles.items()]
-    measured = f"estimate: {', '.join(parts)}; {phase} about {_size(most)}; still needed {_size(lasting + most)}"
+    working = f"{phase} about {_size(most)}" if work else f"work not known, the config has no {', '.join(lacking)}"
+    measured = f"estimate: {', '.join(parts)}; {working}; still needed {_size(lasting + most)}"
     if free is None:
         return Finding(name, "note", f"{measured}; how much is free is not known on this device")
     measured = f"{measured}, free {_size(free)}"
     if lasting + most <= free:
-        return Finding(name, "ok", measured)
+        return Finding(name, "ok" if work else "note", measured)
     smaller = "a smaller network, network.dtype=bfloat16, or a larger device"
     if lasting > free:
         return Finding(name, "error", f"{measured}: weights, gradients and optimizer do not fit", smaller)

@@ -142,7 +142,7 @@ def check_left_padding(
     micro_batch_size: int,
     max_positions: int | None,
 ) -> Finding:
-    """Check that pad columns on the left move neither log-probabilities nor values."""
+    """Check that pad columns on the left move neither log-probabilities nor values, each network by its precision."""
     name = "left padding"
     columns = PAD_COLUMNS if max_positions is None else min(PAD_COLUMNS, max_positions - rollout.tokens.shape[1])
     if columns < 1:
@@ -153,19 +153,20 @@ def check_left_padding(
             policy, rollout, temperature=temperature, micro_batch_size=micro_batch_size, pad_columns=pad_columns
         )
 
-    moved = {"log-probabilities": largest(logprobs(columns) - logprobs(0))}
+    moved = {"log-probabilities": (policy, largest(logprobs(columns) - logprobs(0)))}
     if critic is not None:
         values = read_values(critic, rollout, micro_batch_size=micro_batch_size)
         padded = read_values(critic, rollout, micro_batch_size=micro_batch_size, pad_columns=columns)
-        moved["values"] = largest(padded - values) / max(1.0, largest(values))
-    measured = f"{columns} pad columns move " + ", ".join(f"{what} by {by:.2g}" for what, by in moved.items())
-    if max(moved.values()) <= OTHER_CALL[precision(policy)]:
+        moved["values"] = critic, largest(padded - values) / max(1.0, largest(values))
+    measured = f"{columns} pad columns move " + ", ".join(f"{what} by {by:.2g}" for what, (_, by) in moved.items())
+    beyond = [beyond_rounding(network, by) for network, by in moved.values() if by > OTHER_CALL[precision(network)]]
+    if not beyond:
         return Finding(name, "ok", measured)
     if noise := noise_of(policy, rollout, micro_batch_size):
         return Finding(name, "error", f"{measured}; {noise}", DROPOUT_REMEDY)
     return Finding(
         name,
-        beyond_rounding(policy, max(moved.values())),
+        "error" if "error" in beyond else "warning",
         measured,
         "the network must use the attention_mask and position_ids that it is given; another "
         "network.attn_implementation (eager, sdpa) may do so",

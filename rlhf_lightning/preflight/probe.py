@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS = 8
+TWICE = 4
+"""Of the prompts, so many are answered once more: does the reward tell responses to the same prompt apart?"""
 TOKENS = 16
 
 
@@ -38,8 +40,12 @@ def sample_probe(
     temperature: float,
     stop_tokens: list[int],
 ) -> Probe:
-    """Sample at most `TOKENS` tokens after `ROWS` prompts from all over the batch, with noise of its own."""
-    rows = torch.linspace(0, len(batch) - 1, min(ROWS, len(batch))).long()
+    """Sample at most `TOKENS` tokens after `ROWS` prompts from all over the batch, with noise of its own.
+
+    `TWICE` of them stand at the end once more, with a second response.
+    """
+    once = _evenly(len(batch), ROWS)
+    rows = torch.cat([once, once[_evenly(len(once), TWICE)]])
     steps: list[tuple[Tensor, Tensor]] = []
     start = time.perf_counter()
     rollout = generate(
@@ -54,6 +60,10 @@ def sample_probe(
     )
     seconds = time.perf_counter() - start
     return Probe(rollout, _sampler_logprobs(rollout, steps, temperature), seconds)
+
+
+def _evenly(length: int, number: int) -> Tensor:
+    return torch.linspace(0, length - 1, min(number, length)).long()
 
 
 def _sampler_logprobs(rollout: Rollout, steps: list[tuple[Tensor, Tensor]], temperature: float) -> Tensor:

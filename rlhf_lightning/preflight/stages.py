@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.networks import max_positions
 from rlhf_lightning.preflight.findings import Finding, untouched
 from rlhf_lightning.preflight.memory import (
     cache_bytes,
     check_memory,
     free_bytes,
     role_memory,
+    unsaid,
     update_bytes,
 )
 from rlhf_lightning.preflight.policy import (
@@ -25,10 +25,10 @@ from rlhf_lightning.preflight.policy import (
     check_left_padding,
 )
 from rlhf_lightning.preflight.probe import sample_probe
-from rlhf_lightning.preflight.reward import check_cost, check_last_token, check_spread
+from rlhf_lightning.preflight.reward import check_cost, check_last_token, check_positions, check_spread
 from rlhf_lightning.preflight.sizes import PPOSizes
 from rlhf_lightning.preflight.text import check_chat_template, check_end_token, check_pad_token, check_round_trip
-from rlhf_lightning.rollout.reward import ModelReward, Reward
+from rlhf_lightning.rollout.reward import ModelReward, Reward, Scores
 from rlhf_lightning.types import (
     ComparisonBatch,
     Experience,
@@ -91,6 +91,10 @@ class PPORun(SFTRun, Protocol):
     @property
     def critic(self) -> nn.Module | None:
         """The critic, None where there is none."""
+
+    @property
+    def ema(self) -> nn.Module | None:
+        """The moving average of the policy, None where none is kept."""
 
     @property
     def reward(self) -> Reward | None:
@@ -156,7 +160,7 @@ def check_reward(
                 pad=_pad(tokenizer),
                 max_positions=run.max_positions,
             ),
-            check_spread(scores, texts, model=True),
+            check_spread(scores, texts, batch.prompt_index.tolist(), model=True),
             check_supervised_memory(run, batch),
         ]
 
@@ -175,9 +179,18 @@ def ppo_sizes(run: PPORun, prompts: int, *, rollouts: float, processes: int) -> 
 
 
 def check_ppo_memory(run: PPORun, batch: PromptBatch) -> Finding:
-    """Compare what policy, critic, reference and reward need with what is free on the batch's device."""
+    """Compare what policy, critic, reference, reward and average need with what is free on the batch's device."""
     device = batch.prompt_tokens.device
-    networks = {"policy": run.policy, "critic": run.critic, "reference": run.reference, "reward": run.reward}
+    networks = {
+        "policy": run.policy,
+        "critic": run.critic,
+        "reference": run.reference,
+        "reward": run.reward,
+        "average": run.ema,
+    }
+    roles = {role: role_memory(network, device) for role, network in networks.items() if network is not None}
+    if lacking := unsaid(run.policy):
+        return check_memory(roles, {}, free=free_bytes(device), lacking=lacking)
     sizes = ppo_sizes(run, len(batch), rollouts=1, processes=1)
     length = batch.prompt_tokens.shape[1] + run.max_new_tokens
     work = {
@@ -190,16 +203,18 @@ def check_ppo_memory(run: PPORun, batch: PromptBatch) -> Finding:
             networks=1 if run.critic is None else 2,
         ),
     }
-    roles = {role: role_memory(network, device) for role, network in networks.items() if network is not None}
     return check_memory(roles, work, free=free_bytes(device))
 
 
 def check_supervised_memory(run: Run, batch: SFTBatch | ComparisonBatch) -> Finding:
     """Compare what the network needs with what is free on the batch's device."""
     device, length = batch.tokens.device, batch.tokens.shape[1]
+    roles = {"network": role_memory(run.network, device)}
+    if lacking := unsaid(run.network):
+        return check_memory(roles, {}, free=free_bytes(device), lacking=lacking)
     logits = length if isinstance(batch, SFTBatch) else 0
     work = {"updating": update_bytes(run.network, sequences=len(batch), length=length, logits=logits)}
-    return check_memory({"network": role_memory(run.network, device)}, work, free=free_bytes(device))
+    return check_memory(roles, work, free=free_bytes(device))
 
 
 def _check_networks(run: PPORun, batch: PromptBatch) -> Iterator[Finding]:
@@ -213,15 +228,24 @@ def _check_networks(run: PPORun, batch: PromptBatch) -> Iterator[Finding]:
         temperature=run.temperature,
         stop_tokens=run.stop_token_ids,
     )
+    models = run.reward.models()
+    for name, model in models.items():
+        yield check_positions(model, batch, probe.rollout, max_new_tokens=run.max_new_tokens, name=name)
+    if any(model.positions is not None and model.longest(probe.rollout) > model.positions for model in models.values()):
+        # What follows reads the scores.
+        return
     with _timed(run.reward) as seconds:
         scored = run.score(probe.rollout)
     yield check_kl(run.policy, run.reference, scored, **settings)
     yield check_first_ratio(run.policy, scored, run.losses, **settings)
     yield check_left_padding(run.policy, run.critic, scored, max_positions=run.max_positions, **settings)
     yield check_decoding(run.policy, probe, scored, **settings)
-    if isinstance(run.reward, ModelReward):
-        yield _check_reward_model(run.reward, probe.rollout)
-    yield check_spread(scored.scores, scored.responses, model=isinstance(run.reward, ModelReward))
+    for name, model in models.items():
+        yield _check_reward_model(model, probe.rollout, name)
+    yield check_spread(scored.scores, scored.responses, scored.texts, model="" in models)
+    for name, model in models.items():
+        if name:
+            yield check_spread(model(scored), scored.responses, scored.texts, model=True, name=name)
     sequences = ppo_sizes(run, len(batch), rollouts=1, processes=1).sequences
     share = run.max_new_tokens / probe.rollout.response_mask.shape[1] * sequences / len(probe.rollout)
     yield check_cost(
@@ -232,7 +256,7 @@ def _check_networks(run: PPORun, batch: PromptBatch) -> Iterator[Finding]:
     )
 
 
-def _check_reward_model(reward: ModelReward, rollout: Rollout) -> Finding:
+def _check_reward_model(reward: ModelReward, rollout: Rollout, name: str) -> Finding:
     # On tokens of its own, so that each of them is under control.
     own = ModelReward(reward.reward_model, reward.tokenizer, reward.tokenizer, micro_batch_size=reward.micro_batch_size)
 
@@ -252,7 +276,8 @@ def _check_reward_model(reward: ModelReward, rollout: Rollout) -> Finding:
         tokens.to(device),
         mask.to(device),
         pad=_pad(reward.tokenizer),
-        max_positions=max_positions(reward.reward_model),
+        max_positions=reward.positions,
+        name=name,
     )
 
 
@@ -270,17 +295,21 @@ def _check_tokenizer(
 
 @contextmanager
 def _timed(reward: Reward) -> Iterator[list[float]]:
-    """Yield a list that takes the seconds of each call of the reward."""
-    starts, seconds = list[float](), list[float]()
-    hooks = [
-        reward.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())),
-        reward.register_forward_hook(lambda *_: seconds.append(time.perf_counter() - starts[-1])),
-    ]
+    """Yield a list that takes the seconds of each call of ``reward.scores``, whatever the reward is made of."""
+    scores, seconds = reward.scores, list[float]()
+
+    def timed(rollout: Rollout) -> Scores:
+        start = time.perf_counter()
+        found = scores(rollout)
+        seconds.append(time.perf_counter() - start)
+        return found
+
+    # It comes before the method of the class; a hook would see calls of `forward` alone.
+    vars(reward)["scores"] = timed
     try:
         yield seconds
     finally:
-        for hook in hooks:
-            hook.remove()
+        del vars(reward)["scores"]
 
 
 def _first_conversation(batch: PromptBatch) -> Sequence[Message] | None:

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import math
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +16,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.networks.loading import NetworkConfig, load_reward_model, load_tokenizer
+from rlhf_lightning.networks.loading import NetworkConfig, load_reward_model, load_tokenizer, max_positions
 from rlhf_lightning.networks.scalar_head import scalar_head
-from rlhf_lightning.types import RewardFunction, Rollout
+from rlhf_lightning.types import PromptBatch, RewardFunction, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SHORTER = (
+    "use a smaller max_new_tokens (module.max_new_tokens) or max_prompt_length (data.max_prompt_length), or a reward "
+    "model with more positions"
+)
+"""What helps where a reward model cannot read whole sequences."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,10 @@ class Reward(nn.Module):
     def scores(self, rollout: Rollout) -> Scores:
         """Return the scores with what they are made of; each network reads the responses once."""
         return Scores(self(rollout), {})
+
+    def models(self) -> "dict[str, ModelReward]":
+        """Return the reward models in it by where they are, which is "" for one that is all of it."""
+        return {name: part for name, part in self.named_modules() if isinstance(part, ModelReward)}
 
 
 class FunctionReward(Reward):
@@ -104,8 +114,17 @@ class ModelReward(Reward):
 
     @torch.no_grad()
     def forward(self, rollout: Rollout) -> Float[Tensor, " B"]:
-        """Return the classifier's logit at the last real token of each sequence."""
+        """Return the classifier's logit at the last real token of each sequence.
+
+        Raises `InputError` where a sequence is longer than the classifier's positions, or a score is not finite.
+        """
         tokens, mask = self._sequences(rollout)
+        longest, positions = int(mask.sum(dim=1).max()), self.positions
+        if positions is not None and longest > positions:
+            raise InputError(
+                f"prompt and response of {longest} tokens are longer than the {positions} positions of the reward "
+                f"model; {SHORTER}"
+            )
         by_length = mask.sum(dim=1).argsort()
         scores = torch.empty(len(tokens), device=tokens.device)
         for rows in by_length.split(self.micro_batch_size):
@@ -113,6 +132,21 @@ class ModelReward(Reward):
         if not scores.isfinite().all():
             raise InputError("the reward model's scores are not finite: its weights hold NaN, or overflowed")
         return scores
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that the classifier can read, None where there is no end."""
+        return max_positions(self.reward_model)
+
+    def longest(self, rollout: Rollout) -> int:
+        """Return how many of the classifier's tokens the longest prompt with its response has."""
+        return int(self._sequences(rollout)[1].sum(dim=1).max())
+
+    def longest_prompt(self, batch: PromptBatch) -> int:
+        """Return how many of the classifier's tokens the longest prompt has."""
+        if self.shares_tokens:
+            return int(batch.prompt_mask.sum(dim=1).max())
+        return max(len(self._prompt_ids(*prompt)) for prompt in zip(batch.prompts, batch.texts, strict=True))
 
     def _logits(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
         network: Any = self.reward_model
@@ -185,6 +219,10 @@ class WeightedReward(Reward):
             parts |= {f"{name}/{part}": weight * value for part, value in found.parts.items()}
         return Scores(torch.stack([parts[name] for name in self.weights]).sum(dim=0), parts)
 
+    def models(self) -> dict[str, ModelReward]:
+        """Return the reward models in it by the names of the rewards."""
+        return _models(self.weights, self.rewards)
+
 
 class EnsembleReward(Reward):
     """The mean of several rewards less ``std_coef`` standard deviations; its parts are ``mean`` and ``std``."""
@@ -206,6 +244,10 @@ class EnsembleReward(Reward):
         totals = torch.stack([_scores(reward, rollout).total for reward in self.rewards])
         mean, std = totals.mean(dim=0), totals.std(dim=0, correction=0)
         return Scores(mean - self.std_coef * std, {"mean": mean, "std": std})
+
+    def models(self) -> dict[str, ModelReward]:
+        """Return the reward models in it by their numbers, the first is ``member 1``."""
+        return _models([f"member {i + 1}" for i in range(len(self.rewards))], self.rewards)
 
 
 @dataclass(frozen=True)
@@ -341,6 +383,14 @@ def _pad_token_id(config: Any, padding: int) -> Iterator[None]:
 def _scores(reward: nn.Module, rollout: Rollout) -> Scores:
     assert isinstance(reward, Reward)
     return reward.scores(rollout)
+
+
+def _models(names: Iterable[str], rewards: Iterable[nn.Module]) -> dict[str, ModelReward]:
+    found: dict[str, ModelReward] = {}
+    for name, reward in zip(names, rewards, strict=True):
+        assert isinstance(reward, Reward)
+        found |= {f"{name}/{inner}" if inner else name: model for inner, model in reward.models().items()}
+    return found
 
 
 def _names(named: Mapping[str, object]) -> str:

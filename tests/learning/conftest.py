@@ -141,7 +141,6 @@ class Enumerable:
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
             micro_batch_size=4096,
-            preflight=False,  # a table has no heads by which its memory could be estimated
             max_grad_norm=math.inf,
             value_clip_range=math.inf,
             **settings,

@@ -4,7 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks import (
@@ -119,6 +125,25 @@ def test_the_number_of_positions_is_found_under_either_name(
 ) -> None:
     settings = {"max_position_embeddings": 99} if kind == "llama" else {}
     assert max_positions(policy(kind, **settings)) == positions
+
+
+@pytest.mark.parametrize("padding", [0, 1, 5])
+def test_rows_of_a_table_that_stand_for_no_position_are_none(padding: int) -> None:
+    config = RobertaConfig(
+        vocab_size=30,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=20,
+        pad_token_id=padding,
+    )
+    network = RobertaForSequenceClassification(config).eval()
+    longest = max_positions(network)
+    assert longest == 19 - padding
+    network(input_ids=torch.full((1, longest), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        network(input_ids=torch.full((1, longest + 1), 7))
 
 
 def test_a_language_model_gets_a_new_head_of_the_generator_on_its_own_body(folder: Path) -> None:

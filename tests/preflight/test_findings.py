@@ -21,11 +21,22 @@ def test_a_finding_is_one_line() -> None:
 
 
 def test_the_refusal_lists_the_errors_alone_and_how_to_turn_it_off() -> None:
-    error = refusal(FINDINGS, off="preflight=false turns this off")
+    error = refusal([FINDINGS], off="preflight=false turns this off")
     assert isinstance(error, InputError)
     lines = str(error).splitlines()
     assert lines[1:] == ["  pad token: it is the end token -> name another", "preflight=false turns this off"]
     assert of_status(FINDINGS, "warning") == [FINDINGS[2]]
+
+
+def test_the_refusal_says_on_which_ranks_an_error_was_found_unless_on_all() -> None:
+    both, one = FINDINGS[1], Finding("KL to the reference", "error", "0.3 nats")
+    lines = str(refusal([[both], [one, both], [both, one]], off="off")).splitlines()
+    assert lines == [
+        "preflight found 2 error(s) before the first update:",
+        "  pad token: it is the end token -> name another",
+        "  on rank 1, 2: KL to the reference: 0.3 nats",
+        "off",
+    ]
 
 
 def test_modes_and_random_states_are_as_before_also_after_an_error() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf_lightning.functional.logprobs import gather_logprobs
 from rlhf_lightning.modules import PPOModule
@@ -196,6 +196,36 @@ def test_a_critic_that_pad_columns_move_is_named(make: Make, prompts: PromptBatc
     module.critic.backbone.forward = partial(without_mask, module.critic.backbone.forward)
     found = faults(check_ppo(module, prompts))
     assert set(found) == {"left padding"}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_values_of_a_coarse_critic_are_allowed_their_rounding(
+    seed: int, make: Make, llama: Callable[..., Any], prompts: PromptBatch, faults: Faults
+) -> None:
+    reward = llama(LlamaForSequenceClassification, num_labels=1, hidden_size=32)
+    torch.manual_seed(seed)
+    for weight in reward.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    module = make(reward=reward.bfloat16())
+    assert module.critic is not None
+    assert (precision(module.policy), precision(module.critic)) == (torch.float32, torch.bfloat16)
+    assert "left padding" not in faults(check_ppo(module, prompts))
+
+
+def moved_by_padding(forward: Callable[..., Any], *, attention_mask: Tensor, **kwargs: Any) -> Any:
+    output = forward(attention_mask=attention_mask, **kwargs)
+    output.last_hidden_state = output.last_hidden_state * (1 + 1e-3 * attention_mask.shape[1])
+    return output
+
+
+def test_a_precise_critic_of_a_coarse_policy_is_judged_by_its_own_type(
+    make: Make, llama: Callable[..., Any], classifier: Callable[..., Any], prompts: PromptBatch, faults: Faults
+) -> None:
+    module = make(llama(initializer_range=0.1).bfloat16(), reward=classifier())
+    assert module.critic is not None
+    assert faults(check_ppo(module, prompts)) == {}
+    module.critic.backbone.forward = partial(moved_by_padding, module.critic.backbone.forward)
+    assert faults(check_ppo(module, prompts))["left padding"].status == "error"
 
 
 def test_without_a_position_to_spare_padding_is_not_measured(

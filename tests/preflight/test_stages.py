@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import PPOModule, SFTModule
 from rlhf_lightning.preflight import Finding, check_ppo, check_sft
-from rlhf_lightning.preflight.stages import ppo_sizes
+from rlhf_lightning.preflight.stages import check_ppo_memory, ppo_sizes
 from rlhf_lightning.types import PromptBatch, SFTBatch
 
 pytestmark = [
@@ -105,6 +106,23 @@ def test_an_error_stops_the_run_before_its_first_update_and_says_how_to_go_on(
     assert all(torch.equal(value, before[name]) for name, value in weights(module).items())
 
 
+def test_every_process_is_told_what_one_of_them_found(make: Make, prompts: PromptBatch, tmp_path: Path) -> None:
+    class Broken(PPOModule):
+        def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+            if self.global_rank == 1:
+                break_the_reference(self)
+            try:
+                super().on_train_batch_start(batch, batch_idx)
+            except InputError as error:
+                (tmp_path / f"{self.global_rank}").write_text(str(error), encoding="utf-8")
+
+    fit(make(None, Broken), prompts, tmp_path, strategy="ddp_fork", devices=2, max_steps=1)
+    first, second = ((tmp_path / rank).read_text("utf-8") for rank in ("0", "1"))
+    assert first == second
+    assert first.startswith("preflight found 1 error(s)")
+    assert "on rank 1: KL to the reference" in first
+
+
 def test_it_can_be_turned_off(make: Make, prompts: PromptBatch, tmp_path: Path) -> None:
     module = make(preflight=False)
     break_the_reference(module)
@@ -180,6 +198,25 @@ def test_a_pad_token_that_is_the_end_token_is_a_warning_in_ppo(
 ) -> None:
     found = faults(check_ppo(make(tokenizer=make_tokenizer(pad_token="<eos>")), prompts))
     assert {name: finding.status for name, finding in found.items()} == {"pad token": "warning"}
+
+
+def test_the_average_counts_among_what_memory_must_hold(make: Make, prompts: PromptBatch) -> None:
+    without, with_average = (check_ppo_memory(make(ema_decay=decay), prompts).measured for decay in (None, 0.9))
+    assert "average" not in without
+    policy = make().policy
+    size = sum(p.nbytes for p in policy.parameters()) / 2**20
+    assert f"average {size:.2f} MiB" in with_average
+
+
+def test_of_a_network_whose_config_does_not_say_its_heads_the_work_is_not_known(
+    make: Make, prompts: PromptBatch
+) -> None:
+    module = make()
+    config: Any = SimpleNamespace(hidden_size=16, max_position_embeddings=64)
+    module.policy.config = SimpleNamespace(get_text_config=lambda: config)
+    finding = check_ppo_memory(module, prompts)
+    assert finding.status == "note"
+    assert "the config has no num_hidden_layers, num_attention_heads, vocab_size" in finding.measured
 
 
 def test_samples_per_prompt_count(make: Make) -> None:

@@ -475,3 +475,47 @@ def test_parts_of_a_reward_are_loaded_with_the_settings_of_the_whole(
 def test_what_does_not_fit_together_is_an_input_error(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()
+
+
+# What a reward model can read -------------------------------------------------
+
+
+@pytest.mark.parametrize("own_tokens", [False, True])
+def test_a_sequence_longer_than_the_positions_of_the_reward_model_is_an_input_error(
+    own_tokens: bool, sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    own = word_tokenizer() if own_tokens else tokenizer
+    longest = ModelReward(classifier(), own, tokenizer).longest(sequences)
+    assert own_tokens or longest == max(len(p) + len(r) for p, r in zip(PROMPTS, RESPONSES, strict=True))
+    enough, less = (ModelReward(classifier("gpt2", n_positions=longest - n), own, tokenizer) for n in (0, 1))
+    assert enough(sequences).isfinite().all()
+    with pytest.raises(
+        InputError, match=rf"{longest} tokens .* {longest - 1} positions .*max_new_tokens.*data.max_pro"
+    ):
+        less(sequences)
+
+
+def test_the_longest_prompt_is_counted_in_the_tokens_of_the_reward_model(
+    sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    assert ModelReward(classifier(), tokenizer, tokenizer).longest_prompt(sequences) == max(map(len, PROMPTS))
+    other = word_tokenizer()
+    longest = max(len(other(text).input_ids) for text in sequences.texts)
+    assert ModelReward(classifier(), other, tokenizer).longest_prompt(sequences) == longest
+
+
+def test_the_reward_models_in_a_reward_have_names(classifier: Callable[..., Any], tokenizer: Any) -> None:
+    class Own(Reward):
+        def __init__(self, inner: Reward) -> None:
+            super().__init__()
+            self.inner = inner
+
+    def names(setting: Any) -> list[str]:
+        return list(load_reward(setting, tokenizer).models())
+
+    assert names(longer) == []
+    assert names(classifier()) == [""]
+    assert names(Ensemble([classifier(), longer, classifier()])) == ["member 1", "member 3"]
+    assert names(Own(load_reward(classifier(), tokenizer))) == ["inner"]
+    nested = {"a": Ensemble([classifier(), classifier()]), "b": longer, "c": classifier()}
+    assert names(WeightedSum(nested, dict.fromkeys(nested, 1.0))) == ["a/member 1", "a/member 2", "c"]
