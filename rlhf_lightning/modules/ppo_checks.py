@@ -25,7 +25,7 @@ CHOICES = {
     "baseline": ("batch", "running"),
     "kl_penalty": ("reward", "loss_k1", "loss_k2"),
     "loss_mean": ("tokens", "sequences"),
-    "missing_eos": ("replace", "subtract"),
+    "missing_eos": ("replace", "subtract", "mask"),
     "normalize_scores": ("none", "scale", "shift_and_scale"),
     "score_placement": ("after_end", "end_token"),
 }
