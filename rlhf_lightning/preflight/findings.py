@@ -36,7 +36,8 @@ def of_status(findings: Sequence[Finding], status: Status) -> list[Finding]:
 
 def refusal(findings: Sequence[Finding], *, off: str) -> InputError:
     """Return the error that lists the findings with their remedies; ``off`` says how to train in spite of them."""
-    lines = [f"  {finding}" for finding in of_status(findings, "error")]
+    found = [f"  {finding}" for finding in of_status(findings, "error")]
+    lines = found or ["  on another process, whose message names it"]
     return InputError("\n".join([f"preflight found {len(lines)} error(s) before the first update:", *lines, off]))
 
 

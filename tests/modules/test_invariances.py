@@ -375,6 +375,8 @@ def test_one_process_or_two(
                 assert_gradients(gradients, expected.gradients)
 
 
+# Lightning's word on it does not count: a user's run goes on after a warning.
+@pytest.mark.filterwarnings("ignore:.*recommended to use.*sync_dist.*")
 def test_validation_by_one_process_or_two(
     tmp_path: Path,
     case: Callable[[str], Made],
