@@ -1,7 +1,8 @@
 """The axes of every tensor, and the records that travel between the parts.
 
 Axes: ``B`` sequences of a batch, ``P`` prompt positions (padding on the left), ``R`` response positions
-(padding on the right), ``T = P + R``, ``V`` vocabulary. Masks are boolean; true means "counts".
+(padding on the right), ``T = P + R``, ``S = R + 1`` states (before each response position, and after the last), ``V``
+vocabulary. Masks are boolean; true means "counts".
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -143,10 +144,11 @@ class ScoredRollout(Rollout):
 
 @dataclass(frozen=True)
 class Experience(Record):
-    """What the updates of PPO need of a rollout; everything with an R axis is 0 outside of its mask.
+    """What the updates of PPO need of a rollout; everything with an R axis is 0 on padding.
 
     Actions are the response tokens, (B, R) under ``response_mask``. States are what they are chosen in, (B, R + 1)
-    under ``value_mask``: that before each token, and where the score is placed there, the one after the last.
+    under ``value_mask``: that before each token, and where the score is placed there, the one after the last. The masks
+    keep what is learned from: of a response that is left out, nothing.
     """
 
     tokens: Tensor

@@ -8,24 +8,24 @@ from rlhf_lightning.functional.masking import variance
 
 
 def gae(
-    rewards: Float[Tensor, "B R"],
-    values: Float[Tensor, "B R"],
-    response_mask: Bool[Tensor, "B R"],
+    rewards: Float[Tensor, "B S"],
+    values: Float[Tensor, "B S"],
+    state_mask: Bool[Tensor, "B S"],
     *,
     gamma: float,
     lam: float,
-) -> Float[Tensor, "B R"]:
+) -> Float[Tensor, "B S"]:
     """Return the generalised advantage estimates (Schulman et al. 2016, eq. 16); 0 outside of the mask.
 
     A(t) = delta(t) + gamma * lam * A(t + 1) with delta(t) = r(t) + gamma * V(t + 1) - V(t). The value after the last
-    response token is 0: a response is an episode that has ended.
+    state is 0: a response is an episode that has ended.
     """
-    values = values.masked_fill(~response_mask, 0.0)
+    values = values.masked_fill(~state_mask, 0.0)
     advantages = torch.zeros_like(values)
     advantage = next_value = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = (delta + gamma * lam * advantage).masked_fill(~response_mask[:, t], 0.0)
+        advantage = (delta + gamma * lam * advantage).masked_fill(~state_mask[:, t], 0.0)
         advantages[:, t] = advantage
         next_value = values[:, t]
     return advantages

@@ -6,6 +6,21 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
+def probability_ratio(logprobs: Float[Tensor, "B R"], old_logprobs: Float[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+    """Return p / p_old of each token, by which its probability has changed since it was sampled."""
+    return (logprobs - old_logprobs).exp()
+
+
+def is_clipped(
+    x: Float[Tensor, "B S"], center: Float[Tensor, "B S"] | float, *, clip_range: float
+) -> Float[Tensor, "B S"]:
+    """Return 1 where x lies further than ``clip_range`` from ``center``, else 0: its mean is the clip fraction.
+
+    For ratios of tokens the center is 1, for values of states their old ones.
+    """
+    return ((x - center).abs() > clip_range).to(x)
+
+
 def clipped_policy_loss(
     logprobs: Float[Tensor, "B R"],
     old_logprobs: Float[Tensor, "B R"],
@@ -14,7 +29,7 @@ def clipped_policy_loss(
     clip_range: float,
 ) -> Float[Tensor, "B R"]:
     """Return -min(ratio * A, clip(ratio, 1 - c, 1 + c) * A) of each token (Schulman et al. 2017, eq. 7)."""
-    ratio = (logprobs - old_logprobs).exp()
+    ratio = probability_ratio(logprobs, old_logprobs)
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
 
@@ -25,12 +40,12 @@ def reinforce_loss(logprobs: Float[Tensor, "B R"], advantages: Float[Tensor, "B 
 
 
 def clipped_value_loss(
-    values: Float[Tensor, "B R"],
-    old_values: Float[Tensor, "B R"],
-    returns: Float[Tensor, "B R"],
+    values: Float[Tensor, "B S"],
+    old_values: Float[Tensor, "B S"],
+    returns: Float[Tensor, "B S"],
     *,
     value_clip_range: float,
-) -> Float[Tensor, "B R"]:
+) -> Float[Tensor, "B S"]:
     """Return half the larger of the squared errors of the value and of the value clipped around its old one.
 
     The pessimistic value loss of the PPO implementations that RLHF grew from (Huang et al. 2024).

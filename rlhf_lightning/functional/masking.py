@@ -34,11 +34,6 @@ def sum_to_go(x: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> Float[Tenso
     return kept.flip(1).cumsum(dim=1).flip(1).masked_fill(~mask, 0.0)
 
 
-def masked_mean(x: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, ""]:
-    """Return the mean over all kept values; at least one must be kept."""
-    return x.masked_fill(~mask, 0.0).sum() / mask.sum()
-
-
 def masked_moments(x: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "3"]:
     """Return count, sum and sum of squares of the kept values in float64, which add up over ranks."""
     kept = x.masked_fill(~mask, 0.0).double()
@@ -46,8 +41,9 @@ def masked_moments(x: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> Float[
 
 
 def variance(moments: Float[Tensor, "3"]) -> Float[Tensor, ""]:
-    """Return the biased variance, which is 0 and not NaN for a single value, from count, sum and sum of squares."""
+    """Return the biased variance, 0 and not NaN for a single value and for none, from count, sum and sum of squares."""
     count, total, squares = moments.unbind()
+    count = count.clamp(min=1.0)
     return (squares / count - (total / count).square()).clamp(min=0.0)
 
 

@@ -20,7 +20,13 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.dtensors import whole
 from rlhf_lightning.functional.kl import adapted_beta, k1, k1_weighted, k2
 from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
-from rlhf_lightning.functional.losses import clipped_policy_loss, clipped_value_loss, reinforce_loss
+from rlhf_lightning.functional.losses import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    is_clipped,
+    probability_ratio,
+    reinforce_loss,
+)
 from rlhf_lightning.functional.masking import masked_sum
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
 from rlhf_lightning.modules.language import LanguageModule, adamw, predictions, without_dropout_on_purpose
@@ -58,8 +64,8 @@ OF_STATES = ("value_loss", "value_clip_fraction")
 """Quantities of an update that have a place for each state (B, R + 1); the others have one for each token (B, R)."""
 
 ALL_CUT_OFF = (
-    "every response of the rollout was cut off at max_new_tokens={}: with missing_eos=replace all score alike and "
-    "nothing is learned from the reward; raise max_new_tokens, or set missing_eos=subtract"
+    "every response of the rollout was cut off at max_new_tokens={}: with missing_eos={} nothing is learned from the "
+    "reward; raise max_new_tokens, or set missing_eos=subtract"
 )
 
 NO_PREFLIGHT = (
@@ -267,8 +273,8 @@ class PPOModule(LanguageModule):
         metrics = rollout_metrics(scored, experience, parts, sum_over_ranks=self.sum_over_ranks)
         if self.critic is not None:
             metrics |= critic_metrics(experience, sum_over_ranks=self.sum_over_ranks)
-        if self.shaping.missing_eos == "replace" and metrics["missing_eos"] == 1:
-            log.warning("%s", ALL_CUT_OFF.format(self.max_new_tokens))
+        if self.shaping.missing_eos != "subtract" and metrics["missing_eos"] == 1:
+            log.warning("%s", ALL_CUT_OFF.format(self.max_new_tokens, self.shaping.missing_eos))
         metrics |= self.update(experience)
         self._adapt_beta(metrics["kl"], len(scored))
         self._move_average()
@@ -336,6 +342,7 @@ class PPOModule(LanguageModule):
             samples_per_prompt=self.samples_per_prompt,
             baseline=self.baseline,
             score_placement=self.score_placement,
+            learn_from_cut_off=self.shaping.missing_eos != "mask",
         )
 
     def update(self, experience: Experience) -> dict[str, Tensor]:
@@ -367,25 +374,24 @@ class PPOModule(LanguageModule):
         logprobs = gather_logprobs(logits, tokens[:, -length:], temperature=self.temperature)
         # Outside of the mask nothing counts, and a ratio of 1 keeps it finite.
         logprobs = logprobs.where(experience.response_mask, experience.old_logprobs)
-        log_ratio = logprobs.detach() - experience.old_logprobs
+        ratio = probability_ratio(logprobs.detach(), experience.old_logprobs)
         quantities = {
             "policy_loss": self._policy_loss(logprobs, experience),
             "entropy": entropy(logits if self.entropy_coef else logits.detach(), temperature=self.temperature),
-            "approx_kl": log_ratio.square() / 2,
-            "ratio": log_ratio.exp(),
-            "clip_fraction": ((log_ratio.exp() - 1).abs() > self.clip_range).to(log_ratio),
+            "approx_kl": k2(logprobs.detach(), experience.old_logprobs),
+            "ratio": ratio,
+            "clip_fraction": is_clipped(ratio, 1.0, clip_range=self.clip_range),
         }
         if self.kl_penalty != "reward":
             quantities["kl_loss"] = self._kl_loss(logprobs, experience)
         if self.critic is None:
             return quantities
         values = response_values(self.critic, tokens, attention_mask, length=length)
-        moved = (values.detach() - experience.old_values).abs()
         return quantities | {
             "value_loss": clipped_value_loss(
                 values, experience.old_values, experience.returns, value_clip_range=self.value_clip_range
             ),
-            "value_clip_fraction": (moved > self.value_clip_range).to(moved),
+            "value_clip_fraction": is_clipped(values.detach(), experience.old_values, clip_range=self.value_clip_range),
         }
 
     def _policy_loss(self, logprobs: Tensor, experience: Experience) -> Tensor:
@@ -510,10 +516,11 @@ class PPOModule(LanguageModule):
         self._optimizer.zero_grad()
         pretraining = {} if self.ptx_batches is None else self._add_ptx_gradients(self.ptx_batches)
         # Means over the whole optimizer step: the counts must be known before the first micro-batch.
-        own = [minibatch.response_mask.sum(), minibatch.value_mask.sum(), torch.tensor(len(minibatch))]
+        mask = minibatch.response_mask
+        own = [mask.sum(), minibatch.value_mask.sum(), mask.any(dim=1).sum()]
         counts = self.sum_over_ranks(torch.tensor([float(n) for n in own], device=self.device))
         # As plain numbers: a quotient of two of them is then as precise as the losses may be.
-        tokens, states, sequences = counts.tolist()
+        tokens, states, sequences = counts.clamp(min=1.0).tolist()
         policy_scale = tokens / sequences if self.loss_mean == "sequences" else 1.0
         sums: dict[str, Tensor] = {}
         parts = list(trimmed_micro_batches(minibatch, micro_batch_size=self.micro_batch_size))

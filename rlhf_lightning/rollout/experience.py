@@ -35,6 +35,8 @@ class AdvantageSettings:
     """Of "reinforce": the mean of the others of the rollout, or of all rollouts before."""
     score_placement: Placement
     """"after_end": at a step of its own after the last token (Huang et al. 2024); "end_token": at the last token."""
+    learn_from_cut_off: bool
+    """Whether responses without an end token take part in the loss; others are compared with them in any case."""
 
 
 def estimate_advantages(
@@ -49,27 +51,29 @@ def estimate_advantages(
 
     Returns are the advantages before centring and scaling plus the values. ``seen`` are the rewards of the rollouts
     before, and takes in those of this one. ``sum_over_ranks`` adds a tensor up over all processes, so that they share
-    one mean and one scale.
+    one mean and one scale, of the tokens that are learned from.
     """
     mask = scored.response_mask
     states = value_mask(mask, after_end=settings.score_placement == "after_end")
     kl = k1(scored.logprobs, scored.ref_logprobs)
     rewards = token_rewards(scores, kl, mask, states, beta=settings.beta)
     values = scored.values.masked_fill(~states, 0.0)
+    learned = (scored.ended | settings.learn_from_cut_off).unsqueeze(1)
+    learned_tokens = mask & learned
     if settings.advantage == "gae":
         raw = gae(rewards, values, states, gamma=settings.gamma, lam=settings.lam)
-        moments = sum_over_ranks(masked_moments(raw[:, :-1], mask))
-        advantages = center_and_scale(raw[:, :-1], mask, moments)
+        moments = sum_over_ranks(masked_moments(raw[:, :-1], learned_tokens))
+        advantages = center_and_scale(raw[:, :-1], learned_tokens, moments)
         returns = raw + values
     else:
         of_responses = sequence_advantages(rewards.sum(dim=1), settings, seen, sum_over_ranks=sum_over_ranks)
-        advantages = of_responses.unsqueeze(1).expand_as(mask).masked_fill(~mask, 0.0)
+        advantages = of_responses.unsqueeze(1).expand_as(mask).masked_fill(~learned_tokens, 0.0)
         returns = torch.zeros_like(rewards)
     return Experience(
         tokens=scored.tokens,
         attention_mask=scored.attention_mask,
-        response_mask=mask,
-        value_mask=states,
+        response_mask=learned_tokens,
+        value_mask=states & learned,
         old_logprobs=scored.logprobs,
         ref_logprobs=scored.ref_logprobs,
         old_values=values,
@@ -134,7 +138,8 @@ def micro_batches(
     for rows in by_length.split(micro_batch_size):
         attention_mask, response_mask = sequences.attention_mask[rows], sequences.response_mask[rows]
         left = int(attention_mask.any(dim=0).nonzero()[0])
-        length = int(response_mask.sum(dim=1).max())
+        # Not that of the response mask, which may leave a response out.
+        length = int(attention_mask[:, prompt_width:].sum(dim=1).max())
         columns = slice(left, prompt_width + length)
         yield rows, sequences.tokens[rows, columns], attention_mask[:, columns], response_mask[:, :length]
 

@@ -13,7 +13,7 @@ from rlhf_lightning.functional.rewards import missing_eos_part, repeated_share
 from rlhf_lightning.types import ScoredRollout
 
 Normalization = Literal["none", "scale", "shift_and_scale"]
-MissingEOS = Literal["replace", "subtract"]
+MissingEOS = Literal["replace", "subtract", "mask"]
 
 ROUNDING = 1e-12
 """Share of the mean square below which a variance from sums in float64 is nothing but rounding."""
@@ -60,6 +60,7 @@ class Shaping:
     score_clip: float | None
     """Scores count up to plus or minus this, after they are normalised."""
     missing_eos: MissingEOS
+    """Of a response without an end token: its score is replaced, the penalty subtracted, or, of "mask", nothing."""
     missing_eos_penalty: float
     length_penalty: float
     """Taken off for each token of the response."""
@@ -74,8 +75,9 @@ class Shaping:
         scores = scored.scores.double()
         seen.add(sum_over_ranks(moments_of(scores)))
         parts = {"shaped_score": self._clipped(self._normalized(scores, seen))}
+        penalty = 0.0 if self.missing_eos == "mask" else self.missing_eos_penalty
         parts["missing_eos_part"] = missing_eos_part(
-            parts["shaped_score"], scored.ended, penalty=self.missing_eos_penalty, replace=self.missing_eos == "replace"
+            parts["shaped_score"], scored.ended, penalty=penalty, replace=self.missing_eos == "replace"
         )
         parts["length_part"] = -self.length_penalty * scored.response_mask.sum(dim=1).to(scores)
         if self.repetition_penalty:

@@ -10,11 +10,40 @@ from torch import Tensor
 from rlhf_lightning.functional.losses import (
     clipped_policy_loss,
     clipped_value_loss,
+    is_clipped,
     pairwise_logistic_loss,
+    probability_ratio,
     ranked_pairs,
     ranking_loss,
     reinforce_loss,
 )
+
+
+def test_the_ratio_is_that_of_the_probabilities() -> None:
+    new, old = torch.tensor([[0.5, 0.1, 0.9], [0.2, 0.3, 0.4]]), torch.tensor([[0.25, 0.4, 0.9], [0.1, 0.6, 0.5]])
+    found = probability_ratio(new.log(), old.log())
+    torch.testing.assert_close(found, torch.tensor([[2.0, 0.25, 1.0], [2.0, 0.5, 0.8]]))
+
+
+@pytest.mark.parametrize(
+    ("clip_range", "clipped"),
+    [
+        (0.05, [[0.0, 1.0, 1.0], [1.0, 1.0, 1.0]]),
+        (0.2, [[0.0, 0.0, 1.0], [0.0, 1.0, 1.0]]),
+        (0.4, [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]),
+    ],
+)
+def test_clipped_are_the_ratios_further_than_the_range_from_1(clip_range: float, clipped: list[list[float]]) -> None:
+    ratio = torch.tensor([[1.0, 1.1, 1.3], [0.9, 0.7, 0.5]])
+    assert is_clipped(ratio, 1.0, clip_range=clip_range).tolist() == clipped
+
+
+def test_clipped_are_the_values_further_than_the_range_from_their_old_ones() -> None:
+    values, old = (
+        torch.tensor([[2.0, 2.5, -1.0], [0.0, 3.0, 5.0]]),
+        torch.tensor([[2.25, 2.0, -0.5], [0.125, 4.0, 2.0]]),
+    )
+    assert is_clipped(values, old, clip_range=0.375).tolist() == [[0.0, 1.0, 1.0], [0.0, 1.0, 1.0]]
 
 
 @pytest.mark.parametrize(

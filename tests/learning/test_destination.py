@@ -20,7 +20,24 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "gae": {"advantage": "gae", "ppo_epochs": 1, "prompts": 384},
     "rloo": {"advantage": "rloo", "ppo_epochs": 1, "prompts": 96, "samples_per_prompt": 4},
     "reinforce": {"advantage": "reinforce", "ppo_epochs": 1, "prompts": 384},
+    # Four updates a rollout, and so a quarter of the step: Adam moves by the learning rate whatever the gradient is.
+    "gae, clipped": {
+        "advantage": "gae",
+        "ppo_epochs": 2,
+        "minibatch_size": 192,
+        "learning_rate": 0.05,
+        "critic_learning_rate": 0.05,
+        "prompts": 384,
+    },
+    # Without the unit of whitened advantages, in which a penalty of the loss would have another price.
+    "loss_k1": {"advantage": "reinforce", "kl_penalty": "loss_k1", "ppo_epochs": 1, "prompts": 384},
 }
+WORLDS = [(0.3, 0), (0.3, 1), (0.5, 2), (1.0, 3)]
+"""beta and seed."""
+RUNS = [
+    *((estimator, *world) for estimator in ("gae", "rloo", "reinforce") for world in WORLDS),
+    *((estimator, *world) for estimator in ("gae, clipped", "loss_k1") for world in (WORLDS[0], WORLDS[-1])),
+]
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -41,8 +58,7 @@ def random_reward(seed: int) -> Callable[[str, str], float]:
     return reward
 
 
-@pytest.mark.parametrize(("beta", "seed"), [(0.3, 0), (0.3, 1), (0.5, 2), (1.0, 3)])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("estimator", "beta", "seed"), RUNS)
 def test_the_policy_becomes_the_best_one(
     estimator: str, beta: float, seed: int, enumerable: Callable[..., Any]
 ) -> None:
@@ -52,19 +68,19 @@ def test_the_policy_becomes_the_best_one(
     best = before + rewards / beta
     log_z = best.logsumexp(dim=1)
     best = best - log_z.unsqueeze(1)
-    space.fit(
+    settings = {"minibatch_size": 384, "learning_rate": 0.2, "critic_learning_rate": 0.2, **ESTIMATORS[estimator]}
+    logged = space.fit(
         reward,
         beta=beta,
         missing_eos="subtract",
         missing_eos_penalty=MISSING_EOS_PENALTY,
-        minibatch_size=384,
-        learning_rate=0.2,
-        critic_learning_rate=0.2,
         rollouts=100,
-        **ESTIMATORS[estimator],
+        **settings,
     )
     after = space.logprobs()
     objective = (after.exp() * rewards).sum(dim=1) - beta * kl(after, before)
+    clipped = logged["ppo/clip_fraction"]
+    assert (sum(clipped[:20]) / 20 > 0.01) == (estimator == "gae, clipped")
     assert kl(before, best).min() > 0.1
     assert kl(after, best).max() < 0.01
     assert (objective / (beta * log_z)).tolist() == pytest.approx([1.0, 1.0], abs=0.01)

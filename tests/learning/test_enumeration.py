@@ -31,6 +31,7 @@ SETTINGS: dict[str, Any] = {
     "samples_per_prompt": 1,
     "baseline": "batch",
     "score_placement": "after_end",
+    "learn_from_cut_off": True,
 }
 Loss = Callable[[ScoredRollout, Tensor], Tensor]
 

@@ -6,13 +6,12 @@ since it sampled, so that ratios differ from 1 and some are clipped.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -53,8 +52,13 @@ CASES: dict[str, dict[str, Any]] = {
     "rloo, loss_k2": {"advantage": "rloo", "kl_penalty": "loss_k2", "normalize_scores": "scale"},
     "grpo": {"advantage": "grpo", "loss_mean": "sequences", "entropy_coef": 0.1},
     "grpo, loss_k1": {"advantage": "grpo", "kl_penalty": "loss_k1"},
+    "gae, mask": {"missing_eos": "mask"},
+    "rloo, mask, sequences": {"advantage": "rloo", "missing_eos": "mask", "loss_mean": "sequences"},
 }
-few = settings(max_examples=2, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
+# The first example of every strategy is its simplest: none may be one in which nothing is changed.
+few = settings(max_examples=8, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
+fewer = settings(few, max_examples=4)
+"""Of what takes many small forwards."""
 Made = tuple[Any, Rollout, ScoredRollout, Any]
 
 
@@ -79,6 +83,7 @@ def case(bench: Callable[..., Any], prompts: PromptBatch, cached: Callable[..., 
         work = bench(
             **{"beta": 0.3, "clip_range": 0.05, "value_clip_range": 0.05, **PENALTIES, **CASES[name]},
             samples_per_prompt=GROUP,
+            micro_batch_size=6,
         )
         rollout = work.rollout(prompts)
         scored = work.score(rollout)
@@ -122,7 +127,7 @@ def padded(rollout: Rollout, left: int, right: int) -> Rollout:
 
 @pytest.mark.parametrize("name", CASES)
 @few
-@given(left=st.integers(0, 7), right=st.integers(1, 7))
+@given(left=st.integers(1, 7), right=st.integers(1, 7))
 def test_padding_on_either_side(name: str, left: int, right: int, case: Callable[[str], Made]) -> None:
     # Columns of nothing but padding; that of single rows comes and goes with the size of the micro-batch, below.
     work, rollout, _, expected = case(name)
@@ -137,6 +142,7 @@ def test_the_order_of_prompts_and_of_the_samples_of_a_prompt(
 ) -> None:
     work, rollout, _, expected = case(name)
     rows = [GROUP * g + (1 - i if inside[g] else i) for g in groups for i in range(GROUP)]
+    assume(rows != sorted(rows))
     found = work.work(work.score(rollout.rows(torch.tensor(rows))), SEEN)
     assert_same(found, expected)
     advantages = expected.experience.advantages[rows]
@@ -149,13 +155,14 @@ def test_the_order_of_prompts_and_of_the_samples_of_a_prompt(
 def test_which_rows_are_neighbours_where_nothing_compares_the_samples_of_a_prompt(
     name: str, rows: list[int], case: Callable[[str], Made]
 ) -> None:
+    assume(rows != sorted(rows))
     work, rollout, _, expected = case(name)
     assert_same(work.work(work.score(rollout.rows(torch.tensor(rows))), SEEN), expected)
 
 
 @pytest.mark.parametrize("name", CASES)
-@few
-@given(size=st.sampled_from([1, 2, 3, 5, 12, 100]))
+@fewer
+@given(size=st.sampled_from([1, 4, 5, 100]))
 def test_the_size_of_the_micro_batch(name: str, size: int, case: Callable[[str], Made]) -> None:
     work, rollout, _, expected = case(name)
     usual, work.module.micro_batch_size = work.module.micro_batch_size, size
@@ -166,8 +173,8 @@ def test_the_size_of_the_micro_batch(name: str, size: int, case: Callable[[str],
 
 
 @pytest.mark.parametrize("name", CASES)
-@few
-@given(order=st.permutations(range(12)), size=st.sampled_from([1, 2, 4, 6]))
+@fewer
+@given(order=st.permutations(range(12)), size=st.sampled_from([3, 2, 4, 1]))
 def test_how_an_epoch_at_a_learning_rate_of_0_is_cut_into_minibatches(
     name: str, order: list[int], size: int, case: Callable[[str], Made]
 ) -> None:
@@ -176,6 +183,7 @@ def test_how_an_epoch_at_a_learning_rate_of_0_is_cut_into_minibatches(
     That is tokens for the policy (sequences with loss_mean="sequences"), and states for the critic. The plain sum of
     gradients of means is not invariant unless the minibatches have equal counts.
     """
+    assume(order != sorted(order))
     work, _, _, expected = case(name)
     whole, module = expected.experience, work.module
     total: dict[str, Tensor] = {}
@@ -184,9 +192,10 @@ def test_how_an_epoch_at_a_learning_rate_of_0_is_cut_into_minibatches(
         module.zero_grad()
         module._accumulate_gradients(part)
         tokens, states = int(part.response_mask.sum()), int(part.value_mask.sum())
+        learned, all_learned = (int(x.response_mask.any(dim=1).sum()) for x in (part, whole))
         sequences = module.loss_mean == "sequences"
         shares = {
-            "policy": len(part) / len(whole) if sequences else tokens / int(whole.response_mask.sum()),
+            "policy": learned / all_learned if sequences else tokens / int(whole.response_mask.sum()),
             "critic": states / int(whole.value_mask.sum()),
         }
         for weight, gradient in work.gradients().items():
@@ -216,18 +225,22 @@ SHIFT_MATTERS: dict[str, dict[str, Any]] = {
 }
 
 
+shifts = st.builds(lambda size, sign: sign * size, st.floats(1, 50), st.sampled_from([1, -1]))
+
+
 def shifted(scored: ScoredRollout, shift: float) -> ScoredRollout:
     return replace(scored, scores=scored.scores.double() + shift)
 
 
 @pytest.mark.parametrize("name", SHIFT_IS_NOTHING)
 @few
-@given(shift=st.floats(-50, 50))
+@given(shift=shifts)
 def test_a_shift_of_every_score_leaves_advantages_and_the_policys_gradient(
     name: str, shift: float, bench: Callable[..., Any], prompts: PromptBatch, cached: Callable[..., Made]
 ) -> None:
     def make() -> Made:
-        work = bench(**{"beta": 0.3, **PENALTIES, **SHIFT_IS_NOTHING[name]}, samples_per_prompt=GROUP)
+        settings = {"beta": 0.3, **PENALTIES, **SHIFT_IS_NOTHING[name]}
+        work = bench(**settings, samples_per_prompt=GROUP, micro_batch_size=6)
         rollout = work.rollout(prompts)
         scored = work.score(rollout)
         return work, rollout, scored, work.work(scored)
@@ -262,11 +275,37 @@ def test_a_shift_of_this_and_all_earlier_rollouts_is_nothing_to_the_running_base
 
 # One process and two -------------------------------------------------------------
 
+Place = tuple[list[int], int, int]
+"""Prompts of a process, and how many columns of padding its rollout has on the left and on the right."""
 
-@cache
-def rows_of(rank: int, size: int) -> Tensor:
-    """The rows of a process: the second of two has more of them."""
-    return torch.arange(12) if size == 1 else torch.arange(12)[[slice(0, 4), slice(4, 12)][rank]]
+
+@st.composite
+def two_places(draw: st.DrawFn) -> tuple[Place, Place]:
+    """The six prompts on two processes, each with one at least, and rollouts of different width."""
+    order, cut = draw(st.permutations(range(6))), draw(st.sampled_from([2, 1, 3, 4, 5]))
+    padding = [draw(st.tuples(st.integers(0, 3), st.integers(0, 3))) for _ in range(2)]
+    return (order[:cut], *padding[0]), (order[cut:], *padding[1])
+
+
+def drawn(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
+    """Examples drawn beforehand, where starting two processes for each would take too long."""
+    found: list[Any] = []
+
+    @settings(few, max_examples=count)
+    @given(strategy)
+    def keep(example: Any) -> None:
+        found.append(example)
+
+    keep()
+    return found
+
+
+PLACES = drawn(two_places(), 4)
+
+
+def rows_of(prompts: list[int]) -> Tensor:
+    """The rows of the samples of prompts."""
+    return (GROUP * torch.tensor(prompts).unsqueeze(1) + torch.arange(GROUP)).flatten()
 
 
 @pytest.mark.parametrize("critic", [True, False])
@@ -282,26 +321,35 @@ def test_one_process_or_two(
     names = [name for name in CASES if name.startswith("gae") == critic]
     made = {name: case(name) for name in names}
     module = made[names[0]][0].module
-    module.load_state_dict(made[names[0]][0].updated)
     lengths = made[names[0]][2].response_mask.sum(dim=1)
     # As uneven as can be: the longest on one process; the samples of a prompt stay together.
-    by_length = lengths.view(6, GROUP).sum(dim=1).argsort()
-    order = (GROUP * by_length.unsqueeze(1) + torch.arange(GROUP)).flatten()
+    by_length = lengths.view(6, GROUP).sum(dim=1).argsort().tolist()
+    places = [((by_length[:2], 0, 0), (by_length[2:], 0, 0)), *PLACES]
+    tokens = [[int(lengths[rows_of(prompts)].sum()) for prompts, _, _ in both] for both in places]
+    assert sum(one != other for one, other in tokens) >= 4
+    scored = {
+        name: [
+            [work.score(padded(rollout.rows(rows_of(prompts)), left, right)) for prompts, left, right in both]
+            for both in places
+        ]
+        for name, (work, rollout, _, _) in made.items()
+    }
+    module.load_state_dict(made[names[0]][0].updated)
 
     class TwoRanks(PPOModule):
         def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-            found = {name: self.worked(name) for name in names}
-            torch.save(found, tmp_path / f"{self.global_rank}.pt")
+            rank = self.global_rank
+            found = {name: [self.worked(name, both[rank]) for both in scored[name]] for name in names}
+            torch.save(found, tmp_path / f"{rank}.pt")
             self.optimizers().step()
 
-        def worked(self, name: str) -> tuple[dict[str, float], dict[str, Tensor]]:
+        def worked(self, name: str, scored: ScoredRollout) -> tuple[dict[str, float], dict[str, Tensor]]:
             other = made[name][0].module
             for setting in ("advantage", "baseline", "kl_penalty", "loss_mean", "entropy_coef", "score_placement"):
                 setattr(self, setting, getattr(other, setting))
             self.shaping = other.shaping
             self.seen_scores, self.seen_rewards = RunningMoments(), RunningMoments()
             self.seen_rewards.add(moments_of(torch.tensor(SEEN)))
-            scored = made[name][2].rows(order[rows_of(self.global_rank, 2)])
             parts = self.shaping(scored, self.seen_scores, sum_over_ranks=self.sum_over_ranks)
             experience = self.experience(scored, parts)
             metrics = rollout_metrics(scored, experience, parts, sum_over_ranks=self.sum_over_ranks)
@@ -319,7 +367,52 @@ def test_one_process_or_two(
     finally:
         module.__class__ = alone
     for rank in (0, 1):
-        for name, (metrics, gradients) in torch.load(tmp_path / f"{rank}.pt").items():
+        for name, found in torch.load(tmp_path / f"{rank}.pt").items():
             expected = made[name][3]
-            assert metrics == pytest.approx(expected.metrics, rel=1e-6, abs=1e-7), name
-            assert_gradients(gradients, expected.gradients)
+            assert len(found) == len(places)
+            for both, (metrics, gradients) in zip(places, found, strict=True):
+                assert metrics == pytest.approx(expected.metrics, rel=1e-6, abs=1e-7), (name, both)
+                assert_gradients(gradients, expected.gradients)
+
+
+# Lightning's word on it does not count: a user's run goes on after a warning.
+@pytest.mark.filterwarnings("ignore:.*recommended to use.*sync_dist.*")
+def test_validation_by_one_process_or_two(
+    tmp_path: Path,
+    case: Callable[[str], Made],
+    prompts: PromptBatch,
+    trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+) -> None:
+    """Every number of a validation is the mean over the prompts of both, however few one of them has."""
+    work, rollout, _, _ = case("gae")
+    module = work.module
+    module.load_state_dict(work.updated)
+    places = [[prompts for prompts, _, _ in both] for both in PLACES]
+    everything = [list(range(6))]
+
+    class Validated(PPOModule):
+        def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+            both = places[batch_idx] if self.trainer.world_size == 2 else everything
+            self.mine = torch.tensor(both[self.global_rank])
+            super().validation_step(batch.rows(self.mine), batch_idx)
+
+        def generate(self, batch: PromptBatch, draw: int) -> Rollout:
+            # One response to each prompt, the same in every validation: two processes sample different noise.
+            return rollout.rows(GROUP * self.mine)
+
+        def on_validation_end(self) -> None:
+            logged = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+            torch.save(logged, tmp_path / f"{self.trainer.world_size}-{self.global_rank}.pt")
+
+    alone = type(module)
+    module.__class__ = Validated
+    try:
+        for ranks in ({}, {"strategy": "ddp_fork", "devices": 2}):
+            trainer(**ranks).validate(module, make_loader([prompts] * len(places)), verbose=False)
+    finally:
+        module.__class__ = alone
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert set(one) == {"ppo/val_score", "ppo/val_kl", "ppo/val_response_length"}
+    assert first == pytest.approx(one, rel=1e-5)
+    assert second == first

@@ -1,3 +1,4 @@
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import pairwise
@@ -6,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.multiprocessing import ProcessRaisedException
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_lightning.data import SFTDataModule
 from rlhf_lightning.errors import InputError
@@ -16,6 +20,7 @@ from rlhf_lightning.modules.ppo import seeded_generator
 from rlhf_lightning.networks import save_pretrained
 from rlhf_lightning.rollout import ModelReward, estimate_advantages
 from rlhf_lightning.rollout.experience import trimmed_micro_batches
+from rlhf_lightning.rollout.generate import sample_tokens
 from rlhf_lightning.rollout.shaping import RunningMoments
 from rlhf_lightning.types import Experience, PromptBatch, ScoredRollout
 
@@ -181,6 +186,66 @@ def test_the_rollout_depends_on_seed_and_step_alone(make: Callable[..., Watching
     assert torch.equal(make(seed=1).generate(prompts, 0).tokens, first)
     assert not torch.equal(make(seed=2).generate(prompts, 0).tokens, first)
     assert not torch.equal(make(seed=1).generate(prompts, 1).tokens, first)
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """Letters and all pairs of them: a text is written with as few pairs as there are, whatever it was read from."""
+    pairs = [("a", "a"), ("a", "b"), ("b", "a"), ("b", "b")]
+    tokens = ["<pad>", "<eos>", "a", "b", *map("".join, pairs)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def test_the_sampled_ids_reach_the_loss_where_the_tokenizer_would_write_their_text_with_others(
+    policy: Callable[..., Any], fit: Callable[..., Any]
+) -> None:
+    rows = [[2, 3], [3, 2, 2], [4], [5, 2], [2], [3, 3, 3]]
+    batch = PromptBatch(
+        prompt_tokens=torch.tensor([[0] * (3 - len(row)) + row for row in rows]),
+        prompt_mask=torch.tensor([[False] * (3 - len(row)) + [True] * len(row) for row in rows]),
+        prompts=[""] * 6,
+        texts=[""] * 6,
+        columns={},
+    )
+    network, tokenizer = policy(vocab_size=8), merging_tokenizer()
+    noise = seeded_generator(0, 0, 0)
+    sampled = sample_tokens(
+        network,
+        batch.prompt_tokens,
+        batch.prompt_mask,
+        max_new_tokens=8,
+        temperature=1.0,
+        stop_tokens=torch.tensor([1]),
+        generator=noise,
+    ).tolist()
+    responses = [row[: row.index(1) + 1] if 1 in row else row for row in sampled]
+    written = [tokenizer(tokenizer.decode(ids)).input_ids for ids in responses]
+    assert sum(one != other for one, other in zip(written, responses, strict=True)) >= 3
+    read: list[dict[str, Tensor]] = []
+
+    def keep(_: Any, __: Any, inputs: dict[str, Tensor]) -> None:
+        if torch.is_grad_enabled():
+            read.append(inputs)
+
+    network.register_forward_pre_hook(keep, with_kwargs=True)
+    module = PPOModule(
+        network,
+        reward=share_of_low_bytes,
+        tokenizer=tokenizer,
+        minibatch_size=3,
+        micro_batch_size=2,
+        max_new_tokens=8,
+        preflight=False,
+    )
+    fit(module, [batch], max_steps=1)
+    found = {
+        tuple(ids[mask.bool()].tolist())
+        for inputs in read
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    }
+    assert found == {tuple(prompt + response) for prompt, response in zip(rows, responses, strict=True)}
 
 
 def test_the_numbers_of_a_seeded_generator_are_mixed() -> None:
@@ -419,13 +484,69 @@ def test_a_reward_that_can_be_had_is_had(
 def test_a_rollout_of_which_nothing_ended_is_said_to_teach_nothing(
     make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    for settings, said in (({"missing_eos": "replace"}, 1), ({"missing_eos": "subtract"}, 0)):
+    for settings, said in (
+        ({"missing_eos": "replace"}, 1),
+        ({"missing_eos": "mask"}, 1),
+        ({"missing_eos": "subtract"}, 0),
+    ):
         module = make(**settings)
         module.policy.generation_config.eos_token_id = None
         module.tokenizer.eos_token = "\u00ff"
         caplog.clear()
         fit(module, [prompts], max_steps=1)
         assert caplog.text.count("cut off at max_new_tokens=6") == said
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss_mean": "sequences"}, {"advantage": "rloo", "samples_per_prompt": 2}])
+def test_responses_that_were_cut_off_can_be_left_out_of_the_loss(
+    settings: dict[str, Any], make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    """The gradient and its means are those of the others alone; the rollout's numbers are those of all."""
+    module = make(
+        missing_eos="mask", ppo_epochs=1, minibatch_size=6 * settings.get("samples_per_prompt", 1), beta=0.3, **settings
+    )
+    before = deepcopy(module)
+    logged = fit(module, [prompts], max_steps=1).steps[0]
+    scored, whole = module.scored_rollout, module.minibatches[0]
+    learned = whole.response_mask.any(dim=1)
+    assert learned.sum() == scored.ended.sum() > 1
+    assert (~scored.ended).sum() > 0
+    assert torch.equal(whole.value_mask.any(dim=1), learned)
+    kept = whole.rows(learned.nonzero().squeeze(1))
+    before.minibatches, before.raw, before.clipped, before.rates, before.micro_batch_size = [], [], [], [], 2
+
+    class OfTheRest(Watching):
+        def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+            self.metrics = self._accumulate_gradients(kept)
+            self.optimizers().step()
+
+    before.__class__ = OfTheRest
+    fit(before, [prompts], max_steps=1)
+    assert_close(module.raw[0], before.raw[0], rtol=1e-3, atol=1e-5)
+    found = {name: logged[f"ppo/{name}"] for name in before.metrics}
+    assert found == pytest.approx({name: float(x) for name, x in before.metrics.items()}, rel=1e-3, abs=1e-5)
+    assert logged["ppo/response_length"] == pytest.approx(scored.response_mask.sum(dim=1).float().mean().item())
+    assert logged["ppo/score"] == pytest.approx(scored.scores.mean().item())
+    assert logged["ppo/missing_eos_part"] == 0.0
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss_mean": "sequences", "kl_penalty": "loss_k1", "entropy_coef": 0.1}])
+def test_where_all_that_would_be_learned_from_is_left_out_nothing_moves(
+    settings: dict[str, Any],
+    make: Callable[..., Watching],
+    prompts: PromptBatch,
+    fit: Callable[..., Any],
+    weights: Callable[..., Weights],
+) -> None:
+    module = make(missing_eos="mask", **settings)
+    module.policy.generation_config.eos_token_id = None
+    module.tokenizer.eos_token = "\u00ff"
+    before = weights(module)
+    logged = fit(module, [prompts], max_steps=1).steps[0]
+    assert logged["ppo/missing_eos"] == 1.0
+    assert all(torch.isfinite(torch.tensor(list(logged.values()))))
+    assert not any(gradient.any() for gradient in module.raw[0].values())
+    assert not differ(weights(module), before)
 
 
 KNOBS: list[dict[str, Any]] = [
@@ -448,6 +569,7 @@ KNOBS: list[dict[str, Any]] = [
     {"temperature": 0.5},
     {"missing_eos_penalty": 5.0},
     {"missing_eos": "subtract"},
+    {"missing_eos": "mask"},
     {"kl_penalty": "loss_k1", "beta": 1.0},
     {"kl_penalty": "loss_k2", "beta": 1.0},
     {"adaptive_kl_target": 0.01, "adaptive_kl_horizon": 10.0},
@@ -1105,3 +1227,34 @@ def test_two_processes_stop_together_and_keep_one_average_one_beta_and_one_scale
     assert first["state"]["beta"] == pytest.approx(beta, rel=1e-5)
     assert not differ(first["weights"], second["weights"])
     assert {name.split(".")[0] for name in first["weights"]} == {"policy", "critic", "ema"}
+
+
+def test_an_error_that_preflight_finds_on_one_process_stops_both(
+    tmp_path: Path,
+    make: Callable[..., Watching],
+    prompts: PromptBatch,
+    trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+) -> None:
+    class OneAstray(Watching):
+        def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+            if self.global_rank == 1:
+                for weight in self.reference.parameters():
+                    weight += 0.1
+            try:
+                super().on_train_batch_start(batch, batch_idx)
+            except InputError as error:
+                (tmp_path / f"{self.global_rank}.txt").write_text(str(error))
+                # The first that leaves ends the other: it waits for its message.
+                patience = time.monotonic() + 20
+                while not (tmp_path / f"{1 - self.global_rank}.txt").exists() and time.monotonic() < patience:
+                    time.sleep(0.05)
+                raise
+
+    module = make(preflight=True)
+    module.__class__ = OneAstray
+    with pytest.raises(ProcessRaisedException, match="preflight found"):
+        trainer(max_steps=1, strategy="ddp_fork", devices=2).fit(module, make_loader([prompts]))
+    healthy, astray = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    assert "KL to the reference" in astray
+    assert "on another process" in healthy

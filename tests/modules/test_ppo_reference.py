@@ -102,6 +102,10 @@ def whole_by_hand(rewards: Rows, settings: dict[str, str]) -> list[float]:
     return found
 
 
+def one_if(holds: bool) -> Tensor:
+    return torch.tensor(float(holds), dtype=torch.float64)
+
+
 def loss_by_hand(module: Any, scored: ScoredRollout, settings: dict[str, str]) -> tuple[Tensor, dict[str, float]]:
     """What is minimised, response by response and token by token; and the means of its terms."""
     rewards = rewards_by_hand(scored, settings)
@@ -111,7 +115,8 @@ def loss_by_hand(module: Any, scored: ScoredRollout, settings: dict[str, str]) -
         of_responses = whole_by_hand(rewards, settings)
         advantages = [[a] * n for a, (_, n) in zip(of_responses, responses(scored), strict=True)]
         returns = []
-    terms: dict[str, list[Tensor]] = {"policy_loss": [], "entropy": [], "kl_loss": [], "value_loss": [], "ratio": []}
+    names = ["policy_loss", "entropy", "kl_loss", "value_loss", "ratio", "approx_kl", "clip_fraction"]
+    terms: dict[str, list[Tensor]] = {name: [] for name in [*names, "value_clip_fraction"]}
     for row, (tokens, length) in enumerate(responses(scored)):
         logits = module.policy(tokens.unsqueeze(0)).logits[0]
         logprobs = (logits[-length - 1 : -1] / TEMPERATURE).log_softmax(-1)
@@ -128,6 +133,8 @@ def loss_by_hand(module: Any, scored: ScoredRollout, settings: dict[str, str]) -
             else:
                 terms["policy_loss"].append(torch.tensor(-clipped * advantage, dtype=torch.float64))
             terms["ratio"].append(ratio.detach())
+            terms["approx_kl"].append((chosen[t].detach() - scored.logprobs[row, t]) ** 2 / 2)
+            terms["clip_fraction"].append(one_if(ratio.item() < 1 - CLIP or ratio.item() > 1 + CLIP))
             terms["entropy"].append(-(logprobs[t].exp() * logprobs[t]).sum())
             if settings["kl_penalty"] == "loss_k2":
                 terms["kl_loss"].append(to_reference[t] ** 2 / 2)
@@ -138,6 +145,7 @@ def loss_by_hand(module: Any, scored: ScoredRollout, settings: dict[str, str]) -
             for t, target in enumerate(returns[row]):
                 old = scored.values[row, t].item()
                 error = (values[t] - target) ** 2
+                terms["value_clip_fraction"].append(one_if(abs(values[t].item() - old) > VALUE_CLIP))
                 near = min(max(values[t].item(), old - VALUE_CLIP), old + VALUE_CLIP)
                 constant = torch.tensor((near - target) ** 2, dtype=torch.float64)
                 terms["value_loss"].append((error if error.item() >= constant.item() else constant) / 2)

@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "samples_per_prompt": 1,
     "baseline": "batch",
     "score_placement": "after_end",
+    "learn_from_cut_off": True,
 }
 
 
@@ -117,6 +118,43 @@ def test_advantages_share_one_mean_and_scale_over_all_ranks(scored: ScoredRollou
 @pytest.mark.parametrize("setting", [{"beta": 0.5}, {"gamma": 0.5}, {"lam": 0.5}, {"score_placement": "end_token"}])
 def test_every_setting_changes_the_advantages(scored: ScoredRollout, setting: dict[str, Any]) -> None:
     assert not torch.allclose(experience_of(scored, **setting).advantages, experience_of(scored).advantages)
+
+
+@pytest.mark.parametrize("placement", ["after_end", "end_token"])
+def test_what_was_cut_off_can_be_left_out_of_both_masks_and_of_mean_and_scale(
+    scored: ScoredRollout, placement: str
+) -> None:
+    settings = {"score_placement": placement}
+    whole, found = (experience_of(scored, **settings, learn_from_cut_off=learn) for learn in (True, False))
+    ended = [0, 2, 4]
+    assert found.response_mask.sum(dim=1).tolist() == [2, 0, 4, 0, 1]
+    assert found.value_mask.any(dim=1).tolist() == [True, False, True, False, True]
+    assert torch.equal(found.value_mask[ended], whole.value_mask[ended])
+    for name in ("rewards", "returns", "old_values"):
+        assert torch.equal(getattr(found, name), getattr(whole, name))
+    _, advantages = by_hand(scored, placement)
+    flat = torch.tensor([a for row in ended for a in advantages[row][: LENGTHS[row]]])
+    expected = (flat - flat.mean()) / flat.std(correction=0)
+    torch.testing.assert_close(found.advantages[found.response_mask], expected)
+    assert (found.advantages[~found.response_mask] == 0).all()
+
+
+def test_what_is_left_out_of_the_loss_is_still_compared_with(scored: ScoredRollout) -> None:
+    whole, found = (experience_of(scored, advantage="reinforce", learn_from_cut_off=x) for x in (True, False))
+    ended = [0, 2, 4]
+    assert torch.equal(found.advantages[ended], whole.advantages[ended])
+    assert (found.advantages[[1, 3]] == 0).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_micro_batches_hold_the_whole_of_what_is_left_out_of_the_loss(scored: ScoredRollout, size: int) -> None:
+    found = experience_of(scored, learn_from_cut_off=False)
+    lengths = []
+    for part in trimmed_micro_batches(found, micro_batch_size=size):
+        assert part.response_mask.shape[1] >= 1
+        assert part.value_mask.shape[1] == part.response_mask.shape[1] + 1
+        lengths += part.attention_mask[:, -part.response_mask.shape[1] :].sum(dim=1).tolist()
+    assert sorted(lengths) == sorted(LENGTHS)
 
 
 def test_a_rollout_of_a_single_token_has_advantage_0(scored: ScoredRollout) -> None:

@@ -63,6 +63,7 @@ def settings(beta: float) -> AdvantageSettings:
         samples_per_prompt=1,
         baseline="batch",
         score_placement="after_end",
+        learn_from_cut_off=True,
     )
 
 

@@ -156,6 +156,12 @@ def test_a_missing_end_token_replaces_the_shaped_score_or_is_taken_off_it(scored
             assert total.tolist() == pytest.approx([shaped[0], *instead, shaped[3]])
 
 
+def test_what_is_left_out_of_the_loss_keeps_its_score(scored: Make) -> None:
+    parts = parts_of(scored(), missing_eos="mask", missing_eos_penalty=1.5)
+    assert parts["missing_eos_part"] == [0.0] * 4
+    assert parts["shaped_score"] == SCORES
+
+
 def test_what_replaces_a_score_does_not_depend_on_it_even_by_rounding(scored: Make) -> None:
     parts = parts_of(scored([0.1, 1234.5678, 0.3333333, 7.7]), missing_eos="replace", missing_eos_penalty=0.1)
     totals = torch.tensor(parts["shaped_score"], dtype=torch.float64) + torch.tensor(
