@@ -443,8 +443,8 @@ MUTANTS = (
     Mutant(
         "one norm for policy and critic",
         PPO,
-        'norms = [whole(clip_grad_norm_(group["params"], self.max_grad_norm)) for group in optimizer.param_groups]',
-        'norms = [clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.max_grad_norm)] * 2',
+        '[whole(clip_grad_norm_(group["params"], self.max_grad_norm)) for group in optimizer.param_groups]',
+        '[clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.max_grad_norm)] * 2',
         (PPO_TESTS + "test_gradients_of_policy_and_critic_are_clipped_each_by_its_own_norm",),
         41,
     ),
@@ -523,8 +523,8 @@ MUTANTS = (
     Mutant(
         "a mean over pairs, not over prompts",
         FUNCTIONAL + "losses.py",
-        "    return (losses / pairs_of_prompt[prompt_index[winners]]).sum() / (pairs_of_prompt > 0).sum().clamp(min=1)\n",
-        "    return losses.mean()\n",
+        "(losses / pairs_of_prompt[prompt_index[winners]]).sum() / (pairs_of_prompt > 0).sum().clamp(min=1)",
+        "losses.mean()",
         ("tests/functional/test_losses.py",),
         51,
     ),
