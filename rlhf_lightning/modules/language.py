@@ -3,7 +3,7 @@
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
-from rlhf_lightning.networks import Model, load_tokenizer, max_positions, save_pretrained
+from rlhf_lightning.networks import (
+    Export,
+    Model,
+    NetworkConfig,
+    check_export,
+    has_adapter,
+    load_tokenizer,
+    max_positions,
+    save_pretrained,
+)
 from rlhf_lightning.types import SFTBatch
 
 if TYPE_CHECKING:
@@ -26,12 +35,22 @@ class LanguageModule(LightningModule):
 
     tokenizer: "PreTrainedTokenizerBase | None"
 
+    never_changed: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of networks that training never changes: they come from their folders."""
+
     def __init__(self, model: Model, tokenizer: "PreTrainedTokenizerBase | None") -> None:
         """Take the folder's tokenizer unless one is given; a bare network may get it from the DataModule."""
         super().__init__()
+        if isinstance(model, NetworkConfig) and model.quantization != "none" and model.lora is None:
+            raise InputError(
+                f"network.quantization={model.quantization} needs network.lora (network=lora): quantised weights cannot "
+                "be trained, an adapter beside them can"
+            )
         if tokenizer is None and not isinstance(model, nn.Module):
             tokenizer = load_tokenizer(model)
         self.tokenizer = tokenizer
+        # What is frozen is not in a checkpoint; `load_state_dict` checks all other keys itself.
+        self.strict_loading = False
 
     @property
     def network(self) -> nn.Module:
@@ -48,9 +67,38 @@ class LanguageModule(LightningModule):
         if self.tokenizer is None and self._datamodule is not None:
             self.tokenizer = self._datamodule.tokenizer
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the Hugging Face folder that the next stage, or `transformers` alone, can load."""
-        save_pretrained(self.network, self.required_tokenizer, folder)
+    def save_pretrained(self, folder: str | Path, *, export: Export = "merged") -> None:
+        """Write the folder that the next stage can load: whole for `transformers` alone, or the adapter for `peft`."""
+        save_pretrained(self.network, self.required_tokenizer, folder, export=export)
+
+    def check_export(self, export: Export) -> None:
+        """Raise `InputError` where the network cannot be exported like that."""
+        check_export(self.network, export)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return what training changes: frozen networks and the weights below adapters come from their folders."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if self.in_checkpoint(name)}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` returned; raises `RuntimeError` where a weight is missing or unknown."""
+        keys = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in keys.missing_keys if self.in_checkpoint(name)]
+        if missing or keys.unexpected_keys:
+            raise RuntimeError(f"checkpoint does not fit: missing {missing}, unexpected {keys.unexpected_keys}")
+        return keys
+
+    def in_checkpoint(self, name: str) -> bool:
+        """Return whether training changes this entry of the state: of a network with an adapter that, and its head."""
+        if name.startswith(self.never_changed):
+            return False
+        return not has_adapter(self.network) or ".lora_" in name or name.endswith(self._heads)
+
+    @property
+    def _heads(self) -> tuple[str, ...]:
+        """The names of the weights of scalar heads."""
+        heads = [path for path, m in self.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+        return tuple(f"{path}.{name}" for path in heads for name in ("weight", "bias"))
 
     @property
     def required_tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -92,8 +140,7 @@ def adamw_with_schedule(
     floor: float,
 ) -> Any:
     """Return Lightning's dictionary of AdamW over what is trained and a schedule that moves every optimizer step."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = adamw([{"params": trained}], lr=learning_rate, weight_decay=weight_decay)
+    optimizer = adamw([{"params": trained_weights(module)}], lr=learning_rate, weight_decay=weight_decay)
     total = module.trainer.estimated_stepping_batches
 
     def factor(step: int) -> float:
@@ -122,6 +169,11 @@ def adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
     # On CUDA torch chooses: Lightning cannot clip gradients that a fused step unscales (16-mixed).
     on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, fused=on_cpu or None, **settings)
+
+
+def trained_weights(module: nn.Module) -> list[nn.Parameter]:
+    """Return the weights that are trained, each once."""
+    return [weight for weight in module.parameters() if weight.requires_grad]
 
 
 def without_dropout_on_purpose() -> None:

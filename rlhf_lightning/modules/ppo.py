@@ -22,10 +22,19 @@ from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
 from rlhf_lightning.functional.losses import clipped_policy_loss, clipped_value_loss, reinforce_loss
 from rlhf_lightning.functional.masking import masked_sum
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
-from rlhf_lightning.modules.language import LanguageModule, adamw, predictions, without_dropout_on_purpose
+from rlhf_lightning.modules.language import (
+    LanguageModule,
+    adamw,
+    predictions,
+    trained_weights,
+    without_dropout_on_purpose,
+)
 from rlhf_lightning.modules.ppo_checks import KLPenalty, LossMean, check_settings
 from rlhf_lightning.modules.ptx import BatchStream
-from rlhf_lightning.networks import Critic, Model, load_policy, stop_token_ids
+from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
+from rlhf_lightning.networks.critic import Copy
+from rlhf_lightning.networks.lora import train_adapter
+from rlhf_lightning.networks.roles import frozen, have_one_backbone, on_the_same_backbone, reference_of
 from rlhf_lightning.preflight import check_ppo, of_status, refusal
 from rlhf_lightning.rollout.experience import (
     AdvantageSettings,
@@ -48,9 +57,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FROZEN = ("reference.", "reward.")
-"""Networks that training never changes: they come from their folders and stay out of checkpoints."""
-
 OF_STATES = ("value_loss", "value_clip_fraction")
 """Quantities of an update that have a place for each state (B, R + 1); the others have one for each token (B, R)."""
 
@@ -67,6 +73,8 @@ class PPOModule(LanguageModule):
     policy's tokens, else from the policy. All four run without dropout. Other estimators of the policy gradient do
     without a critic: REINFORCE (Williams 1992), RLOO (Ahmadian et al. 2024), GRPO (Shao et al. 2024).
     """
+
+    never_changed = ("reference.", "reward.")
 
     def __init__(
         self,
@@ -124,11 +132,12 @@ class PPOModule(LanguageModule):
         check_settings(locals())
         super().__init__(model, tokenizer)
         self.automatic_optimization = False
-        # Frozen networks are not in a checkpoint; `load_state_dict` checks all other keys itself.
-        self.strict_loading = False
         self.policy = load_policy(model).eval()
-        self.reference = deepcopy(self.policy).requires_grad_(False)
-        self.ema = None if ema_decay is None else deepcopy(self.reference)
+        self.lora = model.lora if isinstance(model, NetworkConfig) else None
+        self.shares_backbone = isinstance(model, NetworkConfig) and model.roles == "shared"
+        self._copy: Copy = on_the_same_backbone if self.shares_backbone else deepcopy
+        self.reference = frozen(reference_of(self.policy) if self.shares_backbone else deepcopy(self.policy))
+        self.ema = None if ema_decay is None else frozen(self._copy(self.policy))
         self.kl_penalty = kl_penalty
         self.adaptive_kl_target = adaptive_kl_target
         self.adaptive_kl_horizon = adaptive_kl_horizon
@@ -177,7 +186,11 @@ class PPOModule(LanguageModule):
         self.ptx_drawn = 0
         # In a closure: a network that was given here is registered once, as part of `reward`.
         self._load_reward = lambda: load_reward(
-            reward, self.required_tokenizer, tokenizer=reward_tokenizer, micro_batch_size=micro_batch_size
+            reward,
+            self.required_tokenizer,
+            tokenizer=reward_tokenizer,
+            micro_batch_size=micro_batch_size,
+            backbone=self.policy if self.shares_backbone else None,
         )
         self.reward: Reward | None = None
         self.critic: Critic | None = None
@@ -218,7 +231,7 @@ class PPOModule(LanguageModule):
         self.reward = self._load_reward()
         if self.advantage == "gae":
             self.critic = self._new_critic(self.reward)
-        self.policy.requires_grad_(True)
+        train_adapter(self.policy)
         # Dropout would make the first ratio differ from 1.
         self.eval()
         without_dropout_on_purpose()
@@ -384,28 +397,15 @@ class PPOModule(LanguageModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return one AdamW with a group for the policy and one for the critic (eps as in Huang et al. 2024)."""
-        groups = [{"params": list(self.policy.parameters()), "lr": self.learning_rate}]
+        groups = [{"params": trained_weights(self.policy), "lr": self.learning_rate}]
         if self.critic is not None:
-            groups.append({"params": list(self.critic.parameters()), "lr": self.critic_learning_rate})
+            groups.append({"params": trained_weights(self.critic), "lr": self.critic_learning_rate})
         return adamw(groups, eps=1e-5, weight_decay=0.0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients of policy and critic, each by its own norm, after they were unscaled."""
         norms = [clip_grad_norm_(group["params"], self.max_grad_norm) for group in optimizer.param_groups]
         self._grad_norms = dict(zip(("policy_grad_norm", "critic_grad_norm"), norms, strict=False))
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return what training changes: the frozen networks come from their folders."""
-        state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if not name.startswith(FROZEN)}
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` returned; raises `RuntimeError` where a weight is missing or unknown."""
-        keys = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [name for name in keys.missing_keys if not name.startswith(FROZEN)]
-        if missing or keys.unexpected_keys:
-            raise RuntimeError(f"checkpoint does not fit: missing {missing}, unexpected {keys.unexpected_keys}")
-        return keys
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what changes from rollout to rollout beside weights, as plain numbers that are equal on all ranks."""
@@ -451,10 +451,13 @@ class PPOModule(LanguageModule):
 
     def _new_critic(self, reward: Reward) -> Critic:
         # Of a reward that is made of several: the first that can be one.
-        models = [part for part in reward.modules() if isinstance(part, ModelReward) and part.shares_tokens]
+        models = [part.reward_model for part in reward.modules() if isinstance(part, ModelReward) and part.shares_tokens]
+        if self.shares_backbone:
+            models = [model for model in models if have_one_backbone(model, self.policy)]
         if models:
-            return Critic.from_reward_model(models[0].reward_model)
-        return Critic.from_policy(self.policy, torch.Generator().manual_seed(self.seed))
+            return Critic.from_reward_model(models[0], copy=self._copy, lora=self.lora)
+        generator = torch.Generator().manual_seed(self.seed)
+        return Critic.from_policy(self.policy, generator, copy=self._copy, lora=self.lora)
 
     def check_minibatches(self, prompts: int) -> None:
         """Raise `InputError` where the rollout of so many prompts of one process cannot be cut into minibatches."""
@@ -560,7 +563,8 @@ class PPOModule(LanguageModule):
         if self.ema is None or self.ema_decay is None:
             return
         for average, weight in zip(self.ema.parameters(), self.policy.parameters(), strict=True):
-            average.lerp_(weight, 1 - self.ema_decay)
+            if weight.requires_grad:
+                average.lerp_(weight, 1 - self.ema_decay)
 
     def _set_learning_rates(self, update: int, updates_per_rollout: int) -> None:
         """Set what the schedule says of this update out of all that the Trainer will make."""

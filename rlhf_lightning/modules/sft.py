@@ -116,7 +116,9 @@ class SFTModule(LanguageModule):
 
 def set_dropout(network: nn.Module, probability: float) -> None:
     """Set the probability of every dropout layer; raises `InputError` where the network has none."""
-    layers = [layer for layer in network.modules() if isinstance(layer, nn.Dropout)]
+    # That of an adapter is network.lora.dropout.
+    named = network.named_modules()
+    layers = [layer for name, layer in named if isinstance(layer, nn.Dropout) and ".lora_dropout" not in name]
     if not layers:
         raise InputError(
             f"dropout={probability}: {type(network).__name__} has no dropout layers; leave dropout at None (null)"
