@@ -3,17 +3,21 @@
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
+from rlhf_lightning.modules.hardware import check_hardware
 from rlhf_lightning.networks import (
     Export,
     Model,
@@ -29,11 +33,16 @@ from rlhf_lightning.types import SFTBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+"""AdamW with its moments in 32 or in 8 bits (Dettmers et al. 2022); paged: they move to the CPU where room is short."""
+
 
 class LanguageModule(LightningModule):
     """A LightningModule around one trained Hugging Face network."""
 
     tokenizer: "PreTrainedTokenizerBase | None"
+
+    optimizer: OptimizerName
 
     never_changed: ClassVar[tuple[str, ...]] = ()
     """Beginnings of the names of networks that training never changes: they come from their folders."""
@@ -43,8 +52,8 @@ class LanguageModule(LightningModule):
         super().__init__()
         if isinstance(model, NetworkConfig) and model.quantization != "none" and model.lora is None:
             raise InputError(
-                f"network.quantization={model.quantization} needs network.lora (network=lora): quantised weights cannot "
-                "be trained, an adapter beside them can"
+                f"network.quantization={model.quantization} needs network.lora (network=lora): quantised weights "
+                "cannot be trained, an adapter beside them can"
             )
         if tokenizer is None and not isinstance(model, nn.Module):
             tokenizer = load_tokenizer(model)
@@ -62,10 +71,24 @@ class LanguageModule(LightningModule):
         """The longest sequence that the network's positions allow."""
         return max_positions(self.network)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuse what the device or strategy cannot do; no other hook runs earlier."""
+        check_hardware(self.trainer, self)
+        return []
+
     def setup(self, stage: str) -> None:
         """Take the DataModule's tokenizer where the module has none."""
+        if isinstance(self.trainer.precision_plugin, HalfPrecision):
+            # Batches hold ids and masks, which have no precision, in frozen records, which Lightning cannot convert.
+            self.trainer.precision_plugin.convert_input = as_it_is  # type: ignore[method-assign]
         if self.tokenizer is None and self._datamodule is not None:
             self.tokenizer = self._datamodule.tokenizer
+
+    def on_validation_start(self) -> None:
+        """Keep metrics in float32, which bf16-true turns into bfloat16 with the weights."""
+        for part in self.modules():
+            if isinstance(part, Metric):
+                part.set_dtype(torch.float32)
 
     def save_pretrained(self, folder: str | Path, *, export: Export = "merged") -> None:
         """Write the folder that the next stage can load: whole for `transformers` alone, or the adapter for `peft`."""
@@ -133,6 +156,7 @@ def predictions(network: nn.Module, batch: SFTBatch) -> tuple[Float[Tensor, "N V
 def adamw_with_schedule(
     module: LightningModule,
     *,
+    optimizer: OptimizerName,
     learning_rate: float,
     weight_decay: float,
     schedule: Schedule,
@@ -140,13 +164,15 @@ def adamw_with_schedule(
     floor: float,
 ) -> Any:
     """Return Lightning's dictionary of AdamW over what is trained and a schedule that moves every optimizer step."""
-    optimizer = adamw([{"params": trained_weights(module)}], lr=learning_rate, weight_decay=weight_decay)
+    groups = [{"params": trained_weights(module)}]
+    whole = embeddings_and_heads(module)
+    adam = adamw(groups, optimizer=optimizer, whole=whole, lr=learning_rate, weight_decay=weight_decay)
     total = module.trainer.estimated_stepping_batches
 
     def factor(step: int) -> float:
         return learning_rate_factor(step, total, schedule=schedule, warmup_steps=warmup_steps, floor=floor)
 
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+    return {"optimizer": adam, "lr_scheduler": {"scheduler": LambdaLR(adam, factor), "interval": "step"}}
 
 
 def check_optimization(
@@ -164,11 +190,38 @@ def check_optimization(
         raise InputError(f"warmup_steps={warmup_steps} must be a whole number, 0 or more")
 
 
-def adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
-    """Return AdamW; on a CPU in one kernel, where a loop over the weights takes several times longer."""
+def adamw(
+    groups: list[dict[str, Any]], *, optimizer: OptimizerName, whole: list[nn.Parameter], **settings: Any
+) -> torch.optim.Optimizer:
+    """Return AdamW; with 8 bits the moments of the weights in ``whole`` stay in 32.
+
+    On a CPU the 32-bit one works in one kernel, where a loop over the weights takes several times longer.
+    """
+    if optimizer != "adamw":
+        from rlhf_lightning.modules.eight_bit import AdamW8bit
+
+        return AdamW8bit(groups, whole, is_paged=optimizer == "paged_adamw_8bit", **settings)
     # On CUDA torch chooses: Lightning cannot clip gradients that a fused step unscales (16-mixed).
     on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, fused=on_cpu or None, **settings)
+
+
+def embeddings_and_heads(module: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of embeddings, output layers and scalar heads, whose gradients are rare or large."""
+    from transformers import PreTrainedModel
+
+    layers: list[Any] = []
+    for part in module.modules():
+        if isinstance(part, nn.Embedding) or (isinstance(part, nn.Linear) and part.out_features == 1):
+            layers.append(part)
+        if isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
+            layers.append(part.get_output_embeddings())
+    return [weight for layer in layers for weight in layer.parameters()]
+
+
+def as_it_is(data: Any) -> Any:
+    """Return what is given."""
+    return data
 
 
 def trained_weights(module: nn.Module) -> list[nn.Parameter]:

@@ -24,7 +24,9 @@ from rlhf_lightning.functional.masking import masked_sum
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
 from rlhf_lightning.modules.language import (
     LanguageModule,
+    OptimizerName,
     adamw,
+    embeddings_and_heads,
     predictions,
     trained_weights,
     without_dropout_on_purpose,
@@ -32,7 +34,7 @@ from rlhf_lightning.modules.language import (
 from rlhf_lightning.modules.ppo_checks import KLPenalty, LossMean, check_settings
 from rlhf_lightning.modules.ptx import BatchStream
 from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
-from rlhf_lightning.networks.critic import Copy
+from rlhf_lightning.networks.critic import Copy, TrunkCritic, new_value_head
 from rlhf_lightning.networks.lora import train_adapter
 from rlhf_lightning.networks.roles import frozen, have_one_backbone, on_the_same_backbone, reference_of
 from rlhf_lightning.preflight import check_ppo, of_status, refusal
@@ -83,6 +85,7 @@ class PPOModule(LanguageModule):
         reward: RewardSetting,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         reward_tokenizer: "PreTrainedTokenizerBase | None" = None,
+        critic: Literal["separate", "shared_trunk"] = "separate",
         beta: float = 0.05,
         kl_penalty: KLPenalty = "reward",
         adaptive_kl_target: float | None = None,
@@ -117,6 +120,7 @@ class PPOModule(LanguageModule):
         warmup_steps: int = 0,
         max_grad_norm: float = 1.0,
         ema_decay: float | None = None,
+        optimizer: OptimizerName = "adamw",
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -173,6 +177,7 @@ class PPOModule(LanguageModule):
         self.warmup_steps = warmup_steps
         self.max_grad_norm = max_grad_norm
         self.ema_decay = ema_decay
+        self.optimizer = optimizer
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.seed = seed
@@ -193,7 +198,8 @@ class PPOModule(LanguageModule):
             backbone=self.policy if self.shares_backbone else None,
         )
         self.reward: Reward | None = None
-        self.critic: Critic | None = None
+        self.shares_trunk = critic == "shared_trunk"
+        self.critic: Critic | TrunkCritic | None = None
         self.scored_rollout: ScoredRollout | None = None
         if self.tokenizer is not None:
             self.configure_model()
@@ -210,6 +216,7 @@ class PPOModule(LanguageModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Refuse what the Trainer cannot do for PPO; no other hook runs before Lightning's own, poorer refusal."""
+        super().configure_callbacks()
         trainer = self.trainer
         if trainer.gradient_clip_val:
             raise InputError(
@@ -343,7 +350,7 @@ class PPOModule(LanguageModule):
         self.updates += len(steps)
         means = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
         state = {"learning_rate": self._learning_rate, "updates": self.updates, "beta": self.beta}
-        return means | {name: torch.tensor(float(value)) for name, value in state.items()}
+        return means | {name: torch.tensor(float(value), dtype=torch.float32) for name, value in state.items()}
 
     def losses(self, experience: Experience) -> dict[str, Tensor]:
         """Return the policy's quantities of each sampled token (B, R), and the critic's of each state (B, R + 1)."""
@@ -400,7 +407,8 @@ class PPOModule(LanguageModule):
         groups = [{"params": trained_weights(self.policy), "lr": self.learning_rate}]
         if self.critic is not None:
             groups.append({"params": trained_weights(self.critic), "lr": self.critic_learning_rate})
-        return adamw(groups, eps=1e-5, weight_decay=0.0)
+        whole = embeddings_and_heads(self)
+        return adamw(groups, optimizer=self.optimizer, whole=whole, eps=1e-5, weight_decay=0.0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients of policy and critic, each by its own norm, after they were unscaled."""
@@ -431,7 +439,7 @@ class PPOModule(LanguageModule):
         if self.trainer.is_global_zero:
             for finding in of_status(findings, "warning"):
                 log.warning("preflight: %s", finding)
-        errors = torch.tensor(float(len(of_status(findings, "error"))), device=self.device)
+        errors = torch.tensor(len(of_status(findings, "error")), device=self.device)
         if self.sum_over_ranks(errors):
             raise refusal(findings, off="PPOModule(preflight=False), module.preflight=false, trains without this check")
 
@@ -449,14 +457,18 @@ class PPOModule(LanguageModule):
     def _learning_rate(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])
 
-    def _new_critic(self, reward: Reward) -> Critic:
+    def _new_critic(self, reward: Reward) -> Critic | TrunkCritic:
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.shares_trunk:
+            return TrunkCritic(self.policy, new_value_head(self.policy, generator))
         # Of a reward that is made of several: the first that can be one.
-        models = [part.reward_model for part in reward.modules() if isinstance(part, ModelReward) and part.shares_tokens]
+        models = [
+            part.reward_model for part in reward.modules() if isinstance(part, ModelReward) and part.shares_tokens
+        ]
         if self.shares_backbone:
             models = [model for model in models if have_one_backbone(model, self.policy)]
         if models:
             return Critic.from_reward_model(models[0], copy=self._copy, lora=self.lora)
-        generator = torch.Generator().manual_seed(self.seed)
         return Critic.from_policy(self.policy, generator, copy=self._copy, lora=self.lora)
 
     def check_minibatches(self, prompts: int) -> None:
@@ -481,7 +493,7 @@ class PPOModule(LanguageModule):
         pretraining = {} if self.ptx_batches is None else self._add_ptx_gradients(self.ptx_batches)
         # Means over the whole optimizer step: the counts must be known before the first micro-batch.
         own = [minibatch.response_mask.sum(), minibatch.value_mask.sum(), torch.tensor(len(minibatch))]
-        counts = self.sum_over_ranks(torch.tensor([float(n) for n in own], device=self.device))
+        counts = self.sum_over_ranks(torch.tensor([float(n) for n in own], dtype=torch.float32, device=self.device))
         # As plain numbers: a quotient of two of them is then as precise as the losses may be.
         tokens, states, sequences = counts.tolist()
         policy_scale = tokens / sequences if self.loss_mean == "sequences" else 1.0

@@ -32,11 +32,13 @@ AT_LEAST_1 = ("ppo_epochs", "minibatch_size", "micro_batch_size", "max_new_token
 CHOICES = {
     "advantage": get_args(Estimator),
     "baseline": get_args(Baseline),
+    "critic": ("separate", "shared_trunk"),
     "kl_penalty": get_args(KLPenalty),
     "loss_mean": get_args(LossMean),
     "lr_schedule": get_args(Schedule),
     "missing_eos": get_args(MissingEOS),
     "normalize_scores": get_args(Normalization),
+    "optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
     "score_placement": get_args(Placement),
 }
 MAY_BE_INFINITE = ("max_grad_norm", "clip_range", "value_clip_range")

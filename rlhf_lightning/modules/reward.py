@@ -17,6 +17,7 @@ from rlhf_lightning.functional.masking import last_index
 from rlhf_lightning.functional.schedules import Schedule
 from rlhf_lightning.modules.language import (
     LanguageModule,
+    OptimizerName,
     adamw_with_schedule,
     check_optimization,
     without_dropout_on_purpose,
@@ -55,6 +56,7 @@ class RewardModule(LanguageModule):
         lr_schedule: Schedule = "cosine",
         lr_floor: float = 0.0,
         warmup_steps: int = 0,
+        optimizer: OptimizerName = "adamw",
         shift_scores: bool = True,
         margin_coef: float = 0.0,
         lm_coef: float = 0.0,
@@ -97,6 +99,7 @@ class RewardModule(LanguageModule):
         self.lr_schedule = lr_schedule
         self.lr_floor = lr_floor
         self.warmup_steps = warmup_steps
+        self.optimizer = optimizer
         self.shift_scores = shift_scores
         self.margin_coef = margin_coef
         self.lm_coef = lm_coef
@@ -131,7 +134,9 @@ class RewardModule(LanguageModule):
         winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
         metrics = {"reward/loss": loss, "reward/accuracy": wins(scores[winners] - scores[losers]).mean()}
         if self.lm_coef:
-            tokens = self.sum_over_ranks(torch.tensor(float(len(best_logprobs)), device=loss.device))
+            tokens = self.sum_over_ranks(
+                torch.tensor(float(len(best_logprobs)), dtype=torch.float32, device=loss.device)
+            )
             metrics["reward/lm_loss"] = -best_logprobs.sum() * self.trainer.world_size / tokens
             loss = loss + self.lm_coef * metrics["reward/lm_loss"]
         self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=_prompts(batch))
@@ -213,6 +218,7 @@ class RewardModule(LanguageModule):
         """Return AdamW with the schedule."""
         return adamw_with_schedule(
             self,
+            optimizer=self.optimizer,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             schedule=self.lr_schedule,

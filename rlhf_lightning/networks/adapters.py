@@ -41,7 +41,8 @@ def read_adapter(pretrained: str, revision: str | None = None) -> Adapter | None
 
     Raises `InputError` where it is no plain LoRA adapter in a safetensors file.
     """
-    from transformers.utils import cached_file, find_adapter_config_file
+    from transformers.utils.hub import cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     try:
         found = find_adapter_config_file(pretrained, revision=revision)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -60,6 +61,60 @@ class Critic(nn.Module):
             use_cache=False,
         ).last_hidden_state
         return at_least_float32(self.head(hidden).squeeze(-1))
+
+
+class TrunkCritic(nn.Module):
+    """Values from the policy's own last hidden states (Schulman et al. 2017, eq. 9): a head, and no body of its own.
+
+    The value loss then trains the policy's body too. Where the policy has just read the same tokens its states are
+    taken from there, so that policy and critic cost one forward.
+    """
+
+    def __init__(self, policy: Any, head: nn.Linear) -> None:
+        """Take the policy, whose weights stay its own, and a linear layer with one output."""
+        super().__init__()
+        self.head = head
+        # In a tuple: not a submodule, so that the body is registered, moved and saved once.
+        self._body = (policy.base_model,)
+        self._read: _Read | None = None
+        policy.base_model.register_forward_hook(self._keep, with_kwargs=True)
+
+    def forward(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """Return the value of the state after each token, in at least float32."""
+        read, self._read = self._read, None
+        if read is None or not read.is_of(tokens, attention_mask):
+            output = self._body[0](
+                input_ids=tokens,
+                attention_mask=attention_mask.long(),
+                position_ids=position_ids(attention_mask),
+                use_cache=False,
+            )
+            read, self._read = _Read(tokens, attention_mask, output.last_hidden_state, torch.is_grad_enabled()), None
+        return at_least_float32(self.head(read.hidden).squeeze(-1))
+
+    def _keep(self, body: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        # Not while sampling, where each step reads one token.
+        if kwargs["use_cache"] is False:
+            tokens, mask = args[0] if args else kwargs["input_ids"], kwargs["attention_mask"]
+            self._read = _Read(tokens, mask, output.last_hidden_state, torch.is_grad_enabled())
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What the policy's body made of its last tokens."""
+
+    tokens: Tensor
+    attention_mask: Tensor
+    hidden: Tensor
+    with_gradient: bool
+
+    def is_of(self, tokens: Tensor, attention_mask: Tensor) -> bool:
+        """Return whether these are the states of the same tokens, as they are wanted now."""
+        return (
+            self.tokens is tokens
+            and self.with_gradient == torch.is_grad_enabled()
+            and torch.equal(self.attention_mask.bool(), attention_mask)
+        )
 
 
 def new_value_head(policy: Any, generator: torch.Generator | None = None) -> nn.Linear:

@@ -14,6 +14,7 @@ from rlhf_lightning.networks.adapters import Adapter, attach, check_same_shape, 
 from rlhf_lightning.networks.lora import LoRA, add_adapter, merge_adapter
 from rlhf_lightning.networks.quantizing import (
     Quantization,
+    check_blocks,
     compute_alike_in_both_modes,
     is_quantized,
     quantization_settings,
@@ -52,15 +53,16 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         """Check the settings; raises `InputError`."""
-        if isinstance(self.lora, Mapping):
-            object.__setattr__(self, "lora", LoRA(**self.lora))
+        lora: object = self.lora
+        if isinstance(lora, Mapping):
+            object.__setattr__(self, "lora", LoRA(**lora))
         choices = {"quantization": ("none", "int8", "nf4"), "roles": ("separate", "shared")}
         for name, allowed in choices.items():
             if (value := vars(self)[name]) not in allowed:
                 raise InputError(f"network.{name}={value!r} must be one of {', '.join(allowed)}")
         if self.roles == "shared" and self.lora is None:
             raise InputError(
-                "network.roles=shared needs network.lora (network=lora): without adapters the roles would be one network"
+                "network.roles=shared needs network.lora (network=lora): without adapters all roles would be one"
             )
 
 
@@ -180,6 +182,7 @@ def _with_base(network: NetworkConfig) -> tuple[NetworkConfig, Adapter | None]:
 
 def _adapt(model: "PreTrainedModel", network: NetworkConfig, adapter: Adapter | None) -> bool:
     """Add the adapter, or merge it where none is trained; return whether it brought a scalar head."""
+    check_blocks(model)
     compute_alike_in_both_modes(model)
     if adapter is None:
         if network.lora is not None:
@@ -223,9 +226,7 @@ def _from_pretrained(auto_class: Any, network: NetworkConfig, **settings: Any) -
         settings["attn_implementation"] = network.attn_implementation
     try:
         # The checkpoint's own dtype is never taken over: bfloat16 weights would train in bfloat16 without a word.
-        return auto_class.from_pretrained(
-            network.pretrained, dtype=dtype, revision=network.revision, **settings
-        )
+        return auto_class.from_pretrained(network.pretrained, dtype=dtype, revision=network.revision, **settings)
     except (OSError, ValueError, RuntimeError) as error:
         raise _not_loadable(network, auto_class.__name__, error) from error
 
@@ -238,9 +239,7 @@ def _not_loadable(network: NetworkConfig, what: str, error: Exception) -> InputE
     )
 
 
-def _fit_vocabulary(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", network: NetworkConfig
-) -> None:
+def _fit_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", network: NetworkConfig) -> None:
     embeddings: Any = model.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
         if network.lora is not None or network.quantization != "none":

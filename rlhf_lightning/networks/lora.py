@@ -140,7 +140,7 @@ def merge_adapter(network: nn.Module) -> None:
 
 
 @torch.no_grad()
-def merged_weights(network: nn.Module) -> dict[str, Tensor]:
+def merged_weights(network: Any) -> dict[str, Tensor]:
     """Return the state of the network as if it had neither adapter nor quantised weights; what is equal is shared."""
     adapted = {id(layer.base_layer): layer for _, _, layer in _adapted_layers(network)}
     state: dict[str, Tensor] = {}

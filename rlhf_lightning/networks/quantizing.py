@@ -7,8 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.errors import InputError
+
 Quantization = Literal["none", "int8", "nf4"]
 """Bits of the frozen linear layers: as network.dtype says; 8 (LLM.int8, Dettmers et al. 2022); 4 (QLoRA, 2023)."""
+
+BLOCK = 64
+"""Weights that share a scale in 4 bits."""
 
 
 def quantization_settings(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
@@ -28,6 +33,21 @@ def quantization_settings(quantization: Quantization, dtype: torch.dtype) -> dic
     # Where Lightning puts this process; quantised weights are not moved afterwards.
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if torch.cuda.is_available() else "cpu"
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def check_blocks(network: nn.Module) -> None:
+    """Raise `InputError` for rows that are no multiple of a block of nf4: on CPUs `bitsandbytes` reads them wrongly.
+
+    It takes the scale of another block for what crosses a row's end (0.50.2).
+    """
+    layers: Any = network.named_modules()
+    for name, layer in layers:
+        on_cpu = is_quantized_layer(layer) and type(layer.weight).__name__ == "Params4bit" and not layer.weight.is_cuda
+        if on_cpu and layer.in_features % BLOCK:
+            raise InputError(
+                f"network.quantization=nf4 on a CPU needs linear layers whose inputs are multiples of {BLOCK}, and "
+                f"{name} reads {layer.in_features}; use network.quantization=int8"
+            )
 
 
 def is_quantized(network: nn.Module) -> bool:

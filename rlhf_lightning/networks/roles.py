@@ -25,7 +25,9 @@ def on_the_same_backbone(network: Network) -> Network:
     that roles can be read in any order, also inside of one backward.
     """
     own = {id(weight) for weight in adapter_weights(network).values()}
-    own |= {id(w) for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == 1 for w in m.parameters()}
+    own |= {
+        id(w) for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == 1 for w in m.parameters()
+    }
     held = [x for x in (*network.parameters(), *network.buffers()) if id(x) not in own]
     for layer in quantized_layers(network):
         # What belongs to quantised weights and is no parameter: the scales, and in int8 the weights once more.
@@ -34,7 +36,7 @@ def on_the_same_backbone(network: Network) -> Network:
 
 
 def reference_of(policy: Network) -> Network:
-    """Return the policy as it is now on its backbone, with an adapter of its own; an adapter that adds nothing is left off."""
+    """Return the policy as it is now, on its backbone; an adapter that adds nothing is left off."""
     reference = on_the_same_backbone(policy)
     if adds_nothing(reference):
         remove_adapter(reference)

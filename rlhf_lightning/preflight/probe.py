@@ -39,7 +39,7 @@ def sample_probe(
     stop_tokens: list[int],
 ) -> Probe:
     """Sample at most `TOKENS` tokens after `ROWS` prompts from all over the batch, with noise of its own."""
-    rows = torch.linspace(0, len(batch) - 1, min(ROWS, len(batch))).long()
+    rows = torch.linspace(0, len(batch) - 1, min(ROWS, len(batch)), dtype=torch.float32).long()
     steps: list[tuple[Tensor, Tensor]] = []
     start = time.perf_counter()
     rollout = generate(

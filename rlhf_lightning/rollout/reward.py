@@ -75,7 +75,9 @@ class FunctionReward(Reward):
                 f"{len(scores)} scores"
             )
         return torch.tensor(
-            [_finite(score, name, row) for row, score in enumerate(scores)], device=rollout.tokens.device
+            [_finite(score, name, row) for row, score in enumerate(scores)],
+            dtype=torch.float32,
+            device=rollout.tokens.device,
         )
 
 
@@ -107,7 +109,7 @@ class ModelReward(Reward):
         """Return the classifier's logit at the last real token of each sequence."""
         tokens, mask = self._sequences(rollout)
         by_length = mask.sum(dim=1).argsort()
-        scores = torch.empty(len(tokens), device=tokens.device)
+        scores = torch.empty(len(tokens), dtype=torch.float32, device=tokens.device)
         for rows in by_length.split(self.micro_batch_size):
             scores[rows] = self._logits(tokens[rows], mask[rows])
         if not scores.isfinite().all():
@@ -267,8 +269,8 @@ def load_reward(
 
     A `Reward` is itself; a classifier module reads ``tokenizer`` (the policy's where not given); another callable is a
     reward function; ``"file.py:function"`` and ``"package.module:function"`` name one; any other string is a
-    reward-model folder or hub name. The rewards of a `WeightedSum` or an `Ensemble` are loaded in the same way. A reward
-    model that was trained as an adapter on the network ``backbone`` uses its weights.
+    reward-model folder or hub name. The rewards of a `WeightedSum` or an `Ensemble` are loaded in the same way. A
+    reward model that was trained as an adapter on the network ``backbone`` uses its weights.
     """
     if isinstance(reward, Reward):
         return reward

@@ -178,3 +178,10 @@ def test_a_policy_of_another_architecture_keeps_its_layout(
         save_pretrained(network, tokenizer, tmp_path / export, export=export)
         loaded = load_policy(str(tmp_path / export))
         torch.testing.assert_close(loaded(TOKENS).logits, network(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_rank_1_is_not_taken_for_a_head(tiny_model: Path, tmp_path: Path) -> None:
+    network = moved(load_reward_model(NetworkConfig(str(tiny_model), lora=LoRA(r=1))))
+    save_pretrained(network, load_tokenizer(tiny_model), tmp_path / "adapter", export="adapter")
+    loaded = load_reward_model(NetworkConfig(str(tmp_path / "adapter"), lora=LoRA(r=1)), trained=True)
+    assert torch.equal(loaded(TOKENS).logits, network(TOKENS).logits)

@@ -7,8 +7,15 @@ import pytest
 import torch
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.networks import Critic, LoRA, NetworkConfig, load_policy, load_reward_model, load_tokenizer
-from rlhf_lightning.networks import save_pretrained
+from rlhf_lightning.networks import (
+    Critic,
+    LoRA,
+    NetworkConfig,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    save_pretrained,
+)
 from rlhf_lightning.networks.adapters import read_adapter
 from rlhf_lightning.networks.lora import adapter_weights, has_adapter
 from rlhf_lightning.networks.roles import have_one_backbone, on_the_same_backbone, reference_of, reward_model_on
@@ -51,9 +58,9 @@ def storages(*networks: Any) -> dict[int, int]:
 
 @pytest.mark.parametrize("quantization", BITS)
 def test_a_copy_computes_the_same_and_holds_nothing_but_an_adapter_of_its_own(
-    quantization: str, tiny_model: Path
+    quantization: str, wide_model: Path
 ) -> None:
-    policy = moved(policy_on(tiny_model, quantization))
+    policy = moved(policy_on(wide_model, quantization))
     copy = on_the_same_backbone(policy)
     assert have_one_backbone(policy, copy)
     for network in (policy, copy, policy):
@@ -68,9 +75,9 @@ def test_a_copy_computes_the_same_and_holds_nothing_but_an_adapter_of_its_own(
 
 @pytest.mark.parametrize("quantization", BITS)
 def test_the_reference_is_the_policy_bit_for_bit_also_after_the_policy_has_moved(
-    quantization: str, tiny_model: Path
+    quantization: str, wide_model: Path
 ) -> None:
-    policy = policy_on(tiny_model, quantization)
+    policy = policy_on(wide_model, quantization)
     without = reference_of(policy)
     assert not has_adapter(without)
     assert torch.equal(without(TOKENS).logits, policy(TOKENS).logits)
@@ -83,8 +90,8 @@ def test_the_reference_is_the_policy_bit_for_bit_also_after_the_policy_has_moved
 
 
 @pytest.mark.parametrize("quantization", BITS)
-def test_roles_can_be_read_in_any_order_within_one_backward(quantization: str, tiny_model: Path) -> None:
-    policy = moved(policy_on(tiny_model, quantization))
+def test_roles_can_be_read_in_any_order_within_one_backward(quantization: str, wide_model: Path) -> None:
+    policy = moved(policy_on(wide_model, quantization))
     critic = Critic.from_policy(policy, torch.Generator().manual_seed(0), copy=on_the_same_backbone)
     moved(critic.backbone, seed=2)
 
@@ -107,12 +114,12 @@ def test_roles_can_be_read_in_any_order_within_one_backward(quantization: str, t
 
 @pytest.mark.parametrize("quantization", BITS)
 def test_a_trained_reward_adapter_scores_on_the_policys_backbone_as_it_did_on_its_own(
-    quantization: str, tiny_model: Path, tmp_path: Path
+    quantization: str, wide_model: Path, tmp_path: Path
 ) -> None:
-    network = NetworkConfig(str(tiny_model), quantization=quantization, lora=LoRA(r=4))
+    network = NetworkConfig(str(wide_model), quantization=quantization, lora=LoRA(r=4))
     trained = moved(load_reward_model(network))
-    save_pretrained(trained, load_tokenizer(tiny_model), tmp_path / "reward", export="adapter")
-    policy = moved(policy_on(tiny_model, quantization), seed=2)
+    save_pretrained(trained, load_tokenizer(wide_model), tmp_path / "reward", export="adapter")
+    policy = moved(policy_on(wide_model, quantization), seed=2)
     reward_model = load_reward_model(str(tmp_path / "reward"), trained=True, backbone=policy)
     assert have_one_backbone(reward_model, policy)
     assert torch.equal(reward_model(TOKENS).logits, trained(TOKENS).logits)
@@ -125,27 +132,27 @@ def test_a_trained_reward_adapter_scores_on_the_policys_backbone_as_it_did_on_it
 
 
 def test_a_reward_model_on_another_base_gets_its_own_backbone_and_that_is_said(
-    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    wide_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = tmp_path / "other"
-    save_pretrained(load_policy(str(tiny_model)), load_tokenizer(tiny_model), other)
+    save_pretrained(load_policy(str(wide_model)), load_tokenizer(wide_model), other)
     trained = moved(load_reward_model(NetworkConfig(str(other), lora=LoRA(r=4))))
-    save_pretrained(trained, load_tokenizer(tiny_model), tmp_path / "reward", export="adapter")
-    policy = policy_on(tiny_model, "none")
+    save_pretrained(trained, load_tokenizer(wide_model), tmp_path / "reward", export="adapter")
+    policy = policy_on(wide_model, "none")
     reward_model = load_reward_model(str(tmp_path / "reward"), trained=True, backbone=policy)
     assert not have_one_backbone(reward_model, policy)
     assert "gets a backbone of its own" in caplog.text
 
 
-def test_an_adapter_without_a_head_is_no_reward_model(tiny_model: Path, tmp_path: Path) -> None:
-    policy = policy_on(tiny_model, "none")
-    save_pretrained(policy, load_tokenizer(tiny_model), tmp_path / "adapter", export="adapter")
+def test_an_adapter_without_a_head_is_no_reward_model(wide_model: Path, tmp_path: Path) -> None:
+    policy = policy_on(wide_model, "none")
+    save_pretrained(policy, load_tokenizer(wide_model), tmp_path / "adapter", export="adapter")
     adapter = read_adapter(str(tmp_path / "adapter"))
     assert adapter is not None
     with pytest.raises(InputError, match="has no scalar head"):
         reward_model_on(policy, adapter)
 
 
-def test_shared_roles_need_adapters(tiny_model: Path) -> None:
+def test_shared_roles_need_adapters(wide_model: Path) -> None:
     with pytest.raises(InputError, match=r"network\.roles=shared needs network\.lora"):
-        NetworkConfig(str(tiny_model), roles="shared")
+        NetworkConfig(str(wide_model), roles="shared")
