@@ -8,12 +8,13 @@ if TYPE_CHECKING:
     from rlhf_lightning.errors import InputError
     from rlhf_lightning.evaluation.validation_reward import ValidationReward
     from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
-    from rlhf_lightning.networks import NetworkConfig
+    from rlhf_lightning.networks import LoRA, NetworkConfig
     from rlhf_lightning.rollout import Ensemble, WeightedSum
 
 __all__ = [
     "Ensemble",
     "InputError",
+    "LoRA",
     "NetworkConfig",
     "PPODataModule",
     "PPOModule",
@@ -29,6 +30,7 @@ __all__ = [
 _HOMES = {
     "Ensemble": "rollout",
     "InputError": "errors",
+    "LoRA": "networks",
     "NetworkConfig": "networks",
     "PPODataModule": "data",
     "PPOModule": "modules",

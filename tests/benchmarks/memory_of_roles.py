@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 RUNS = {
-    "import and load": {"stage": "load"},
     "SFT, adapter": {"stage": "sft", "lora": True},
     "SFT, all weights": {"stage": "sft"},
     "PPO, shared, adapters": {"stage": "ppo", "lora": True, "roles": "shared"},
@@ -93,7 +91,8 @@ def measure(folder: Path, micro_batch_size: int, run: dict[str, Any]) -> None:
     logging.getLogger("lightning").setLevel(logging.ERROR)
     __import__("peft")
     __import__("bitsandbytes")
-    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is the one now
+    before = status("VmRSS")
     network = NetworkConfig(
         str(folder / "base"),
         lora=LoRA() if run.get("lora") else None,
@@ -124,23 +123,24 @@ def measure(folder: Path, micro_batch_size: int, run: dict[str, Any]) -> None:
         prompts = ["w1"] * BATCH
         batches = [PromptBatch(tokens[:, :PROMPT], ones[:, :PROMPT], prompts=prompts, texts=prompts, columns={})] * 2
         settings = {}
-    if run["stage"] != "load":
-        trainer = Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **settings,
-        )
-        trainer.fit(module, DataLoader(batches, batch_size=None, collate_fn=lambda x: x))  # type: ignore[arg-type]
-    print(json.dumps({"before": before, "peak": resident()}))
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None, collate_fn=lambda x: x))  # type: ignore[arg-type]
+    print(json.dumps({"before": before, "peak": status("VmHWM")}))
 
 
-def resident() -> float:
-    """Return the largest resident memory so far in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def status(field: str) -> float:
+    """Return a size of this process in MiB: VmRSS now, VmHWM at its largest. Linux only."""
+    # Not resource.getrusage, whose maximum a process inherits from the one that started it.
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":
