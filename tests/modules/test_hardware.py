@@ -68,4 +68,9 @@ def test_shards_are_refused_for_what_cannot_be_cut(
 ) -> None:
     module = PPOModule(NetworkConfig(str(tiny_model), **settings), reward=len)
     with pytest.raises(InputError, match=said):
-        fit(module, [prompts], max_epochs=1, strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1))
+        fit(
+            module,
+            [prompts],
+            max_epochs=1,
+            strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1),
+        )

@@ -223,6 +223,41 @@ def test_policy_and_critic_can_share_a_trunk_and_its_forwards(
     assert [name for name in module.state_dict() if name.startswith("critic.")] == ["critic.head.weight"]
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_two_processes_keep_one_set_of_adapters_and_touch_nothing_frozen(
+    quantization: str,
+    wide_model: Path,
+    tmp_path: Path,
+    prompts: PromptBatch,
+    trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+) -> None:
+    class Halves(PPOModule):
+        def train_dataloader(self) -> Any:
+            return make_loader([prompts.rows(torch.arange(6)[self.global_rank :: 2])] * 2)
+
+        def on_train_end(self) -> None:
+            torch.save((self.state_dict(), hashes(self)), tmp_path / f"{self.global_rank}.pt")
+
+    network = network_on(wide_model, quantization=quantization, roles="shared")
+    module = Halves(
+        network,
+        reward=lambda prompts, responses: [float(len(r)) for r in responses],
+        minibatch_size=3,
+        max_new_tokens=6,
+        learning_rate=1e-3,
+        optimizer="adamw_8bit",
+    )
+    before = hashes(module)
+    started = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer(max_epochs=1, strategy="ddp_fork", devices=2).fit(module)
+    (first, untouched), (second, also_untouched) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert untouched == also_untouched == before
+    assert first.keys() == started.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not [name for name in first if torch.equal(first[name], started[name])]
+
+
 # Fine-tuning and reward training ------------------------------------------------
 
 
