@@ -1,6 +1,6 @@
 """What a device or a strategy cannot do, said at the start with what to take instead."""
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from lightning import Trainer
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
@@ -10,7 +10,8 @@ from torch import nn
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks import is_quantized
 
-OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+"""AdamW with its moments in 32 or in 8 bits (Dettmers et al. 2022); paged: they move to the CPU where room is short."""
 BITSANDBYTES_DEVICES = ("cpu", "cuda")
 
 
@@ -59,8 +60,8 @@ def _check_precision(trainer: Trainer) -> None:
 
 
 def _check_optimizer(optimizer: str, device: str) -> None:
-    if optimizer not in OPTIMIZERS:
-        raise InputError(f"optimizer={optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
+    if optimizer not in get_args(OptimizerName):
+        raise InputError(f"optimizer={optimizer!r} must be one of {', '.join(get_args(OptimizerName))}")
     if optimizer == "paged_adamw_8bit" and device != "cuda":
         raise InputError(
             f"optimizer=paged_adamw_8bit pages between CUDA devices and the CPU, there is no {device} to page from; "

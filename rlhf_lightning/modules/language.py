@@ -3,7 +3,7 @@
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
-from rlhf_lightning.modules.hardware import check_hardware
+from rlhf_lightning.modules.hardware import OptimizerName, check_hardware
 from rlhf_lightning.networks import (
     Export,
     Model,
@@ -32,9 +32,6 @@ from rlhf_lightning.types import SFTBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
-"""AdamW with its moments in 32 or in 8 bits (Dettmers et al. 2022); paged: they move to the CPU where room is short."""
 
 
 class LanguageModule(LightningModule):

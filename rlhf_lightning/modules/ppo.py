@@ -22,16 +22,16 @@ from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
 from rlhf_lightning.functional.losses import clipped_policy_loss, clipped_value_loss, reinforce_loss
 from rlhf_lightning.functional.masking import masked_sum
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
+from rlhf_lightning.modules.hardware import OptimizerName
 from rlhf_lightning.modules.language import (
     LanguageModule,
-    OptimizerName,
     adamw,
     embeddings_and_heads,
     predictions,
     trained_weights,
     without_dropout_on_purpose,
 )
-from rlhf_lightning.modules.ppo_checks import KLPenalty, LossMean, check_settings
+from rlhf_lightning.modules.ppo_checks import CriticKind, KLPenalty, LossMean, check_settings
 from rlhf_lightning.modules.ptx import BatchStream
 from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
 from rlhf_lightning.networks.critic import Copy, TrunkCritic, new_value_head
@@ -85,7 +85,7 @@ class PPOModule(LanguageModule):
         reward: RewardSetting,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         reward_tokenizer: "PreTrainedTokenizerBase | None" = None,
-        critic: Literal["separate", "shared_trunk"] = "separate",
+        critic: CriticKind = "separate",
         beta: float = 0.05,
         kl_penalty: KLPenalty = "reward",
         adaptive_kl_target: float | None = None,

@@ -15,9 +15,9 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.losses import pairwise_logistic_loss, ranked_pairs, ranking_loss
 from rlhf_lightning.functional.masking import last_index
 from rlhf_lightning.functional.schedules import Schedule
+from rlhf_lightning.modules.hardware import OptimizerName
 from rlhf_lightning.modules.language import (
     LanguageModule,
-    OptimizerName,
     adamw_with_schedule,
     check_optimization,
     without_dropout_on_purpose,

@@ -11,9 +11,9 @@ from torchmetrics.text import Perplexity
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.schedules import Schedule
+from rlhf_lightning.modules.hardware import OptimizerName
 from rlhf_lightning.modules.language import (
     LanguageModule,
-    OptimizerName,
     adamw_with_schedule,
     check_optimization,
     predictions,
