@@ -1,6 +1,6 @@
 """What a device or a strategy cannot do, said at the start with what to take instead."""
 
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 from lightning import Trainer
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
@@ -18,7 +18,8 @@ BITSANDBYTES_DEVICES = ("cpu", "cuda")
 class Trained(Protocol):
     """A module with one trained network."""
 
-    optimizer: Any
+    optimizer: OptimizerName
+    shares_backbone: bool
 
     @property
     def network(self) -> nn.Module:
@@ -35,7 +36,7 @@ def check_hardware(trainer: Trainer, module: Trained) -> None:
         bits.append("network.quantization")
         if device not in BITSANDBYTES_DEVICES:
             raise InputError(f"network.quantization needs trainer.accelerator=cpu or gpu (CUDA), not {device}")
-    if vars(module).get("shares_backbone", False):
+    if module.shares_backbone:
         bits.append("network.roles=shared")
     if module.optimizer != "adamw":
         bits.append(f"module.optimizer={module.optimizer}")

@@ -41,6 +41,9 @@ class LanguageModule(LightningModule):
 
     optimizer: OptimizerName
 
+    shares_backbone = False
+    """Whether several networks hold the same weights."""
+
     never_changed: ClassVar[tuple[str, ...]] = ()
     """Beginnings of the names of networks that training never changes: they come from their folders."""
 
