@@ -8,13 +8,14 @@ if TYPE_CHECKING:
     from rlhf_lightning.errors import InputError
     from rlhf_lightning.evaluation.validation_reward import ValidationReward
     from rlhf_lightning.modules import FSDP2Strategy, PPOModule, RewardModule, SFTModule
-    from rlhf_lightning.networks import NetworkConfig
+    from rlhf_lightning.networks import LoRA, NetworkConfig
     from rlhf_lightning.rollout import Ensemble, WeightedSum
 
 __all__ = [
     "Ensemble",
     "FSDP2Strategy",
     "InputError",
+    "LoRA",
     "NetworkConfig",
     "PPODataModule",
     "PPOModule",
@@ -31,6 +32,7 @@ _HOMES = {
     "Ensemble": "rollout",
     "FSDP2Strategy": "modules",
     "InputError": "errors",
+    "LoRA": "networks",
     "NetworkConfig": "networks",
     "PPODataModule": "data",
     "PPOModule": "modules",

@@ -32,6 +32,17 @@ settings.load_profile("torch")
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder: a Llama of two layers with random weights, and a tokenizer of one token per byte."""
+    return save_llama(tmp_path_factory.mktemp("models") / "tiny", hidden_size=16, intermediate_size=32)
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, wide enough for blocks of 64 weights, as 4 bits need, and with weights that tell tokens apart."""
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    return save_llama(folder, hidden_size=64, intermediate_size=128, initializer_range=0.1)
+
+
+def save_llama(folder: Path, **settings: Any) -> Path:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -44,8 +55,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
@@ -53,8 +62,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=1,
+        **settings,
     )
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     LlamaForCausalLM(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
     return folder

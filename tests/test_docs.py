@@ -37,6 +37,7 @@ CONSTRUCTORS = [
     ("sft", "`SFTModule`", "SFTModule"),
     ("sft", "`SFTDataModule`", "SFTDataModule"),
     ("sft", "Networks", "NetworkConfig"),
+    ("hardware", "Adapters", "LoRA"),
     ("sft", "Choose by reward", "ValidationReward"),
     ("reward", "`RewardModule`", "RewardModule"),
     ("reward", "`RewardDataModule`", "RewardDataModule"),

@@ -3,7 +3,7 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -14,6 +14,9 @@ from rlhf_lightning.errors import InputError
 SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 """Strategies under which no process may hold all weights, so that all of them have a part in writing."""
 
+Export = Literal["merged", "adapter"]
+"""A whole network, adapters merged into plain weights; or what was trained beside a base that is named."""
+
 
 @runtime_checkable
 class Exportable(Protocol):
@@ -23,16 +26,30 @@ class Exportable(Protocol):
         """Write config, safetensors, tokenizer and generation config."""
 
 
+@runtime_checkable
+class AdapterExportable(Protocol):
+    """A module that also writes its adapter alone."""
+
+    def save_pretrained(self, folder: str | Path, *, export: Export = "merged") -> None:
+        """Write the folder."""
+
+    def check_export(self, export: Export) -> None:
+        """Raise `InputError` where the network cannot be exported like that."""
+
+
 class HuggingFaceExport(Callback):
     """Writes the model to ``dirpath`` when training has ended well: the whole folder or nothing.
 
+    With ``export`` "merged" it is a folder that `transformers` alone loads, with "adapter" one for `peft`: what was
+    trained, and the name of the network that it belongs into.
     It is written beside ``dirpath`` and moved there at once, so that whoever finds the folder finds it complete. After
     an error or an interrupt nothing is written, and what an earlier run wrote stays. It also stays where a checkpoint
     was at its end already: a module's own last touch, made when training ends, is not in the checkpoint.
     """
 
-    def __init__(self, dirpath: str | Path) -> None:
+    def __init__(self, dirpath: str | Path, *, export: Export = "merged") -> None:
         self.dirpath = Path(dirpath)
+        self.export: Export = export
         self._trained = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -43,6 +60,8 @@ class HuggingFaceExport(Callback):
         if not isinstance(pl_module, Exportable):
             found = type(pl_module).__name__
             raise InputError(f"HuggingFaceExport needs a module with save_pretrained(folder), found {found}")
+        if self.export != "merged":
+            self._with_adapter(pl_module).check_export(self.export)
         if trainer.is_global_zero:
             _check_target(self.dirpath)
 
@@ -58,11 +77,19 @@ class HuggingFaceExport(Callback):
             if trainer.is_global_zero:
                 _remove(partial)
             if trainer.is_global_zero or isinstance(trainer.strategy, SHARDING):
-                pl_module.save_pretrained(partial)
+                if self.export == "merged":
+                    pl_module.save_pretrained(partial)
+                else:
+                    self._with_adapter(pl_module).save_pretrained(partial, export=self.export)
             if trainer.is_global_zero:
                 replace_folder(partial, self.dirpath)
         # Nobody reads the folder before it is there.
         trainer.strategy.barrier("HuggingFaceExport")
+
+    def _with_adapter(self, pl_module: LightningModule) -> AdapterExportable:
+        if not isinstance(pl_module, AdapterExportable):
+            raise InputError(f"export={self.export} needs a module that can write it, found {type(pl_module).__name__}")
+        return pl_module
 
 
 def replace_folder(new: Path, old: Path) -> None:
@@ -77,7 +104,8 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def _check_target(dirpath: Path) -> None:
-    foreign = dirpath.is_dir() and any(dirpath.iterdir()) and not (dirpath / "config.json").exists()
+    ours = any((dirpath / name).exists() for name in ("config.json", "adapter_config.json"))
+    foreign = dirpath.is_dir() and any(dirpath.iterdir()) and not ours
     if foreign or dirpath.is_file():
         raise InputError(f"dirpath={dirpath} holds something else than a model; it would be replaced: name another one")
     try:

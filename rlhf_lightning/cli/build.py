@@ -1,5 +1,6 @@
 """From checked settings to objects."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,12 @@ from hydra.utils import instantiate
 
 from rlhf_lightning.cli.checks import Config, is_reward_function, target_nodes
 from rlhf_lightning.errors import InputError
+
+INSTEAD = {
+    "AMP with fp16 is not supported on CPU": "precision=16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true",
+    "Bitsandbytes is only supported on CUDA": "BitsandbytesPrecision needs a GPU; network.quantization does not",
+}
+"""What to take instead of what Lightning warns of, going on with something else, or refuses without saying."""
 
 
 def build(path: str, node: Config, **arguments: Any) -> Any:
@@ -22,8 +29,14 @@ def build(path: str, node: Config, **arguments: Any) -> Any:
         if is_reward_function(place, part):
             part["_partial_"] = True
     try:
-        return instantiate(node, _convert_="all", **arguments)
+        with warnings.catch_warnings():
+            for text in INSTEAD:
+                warnings.filterwarnings("error", message=f".*{text}")
+            return instantiate(node, _convert_="all", **arguments)
     except InstantiationException as error:
+        for text, instead in INSTEAD.items():
+            if text in str(error.__cause__):
+                raise InputError(f"{path}: {instead}") from error
         if isinstance(error.__cause__, ValueError | MisconfigurationException | ModuleNotFoundError):
             raise InputError(f"{path}: {error.__cause__}") from error
         raise

@@ -22,7 +22,7 @@ def missing_eos_part(
 def repeated_share(tokens: Int[Tensor, "B R"], mask: Bool[Tensor, "B R"], *, length: int = 4) -> Float[Tensor, " B"]:
     """Return the share of a response's runs of ``length`` tokens that stood in it before, 0 to 1; 0 without a run."""
     shares = [_repeated(row[kept].tolist(), length) for row, kept in zip(tokens.cpu(), mask.cpu(), strict=True)]
-    return torch.tensor(shares, device=tokens.device)
+    return torch.tensor(shares, dtype=torch.float32, device=tokens.device)
 
 
 def value_mask(response_mask: Bool[Tensor, "B R"], *, after_end: bool) -> Bool[Tensor, "B R+1"]:

@@ -3,7 +3,7 @@
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -12,13 +12,24 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
 
 from rlhf_lightning.callbacks import ExactResume
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
+from rlhf_lightning.modules.hardware import OptimizerName, check_hardware
 from rlhf_lightning.modules.sharding import check_mesh, gathered_state
-from rlhf_lightning.networks import Model, load_tokenizer, max_positions, save_pretrained
+from rlhf_lightning.networks import (
+    Export,
+    Model,
+    NetworkConfig,
+    check_export,
+    has_adapter,
+    load_tokenizer,
+    max_positions,
+    save_pretrained,
+)
 from rlhf_lightning.networks.sharding import shard
 from rlhf_lightning.types import Record, SFTBatch
 
@@ -31,12 +42,27 @@ class LanguageModule(LightningModule):
 
     tokenizer: "PreTrainedTokenizerBase | None"
 
+    optimizer: OptimizerName
+
+    shares_backbone = False
+    """Whether several networks hold the same weights."""
+
+    never_changed: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of networks that training never changes: they come from their folders."""
+
     def __init__(self, model: Model, tokenizer: "PreTrainedTokenizerBase | None") -> None:
         """Take the folder's tokenizer unless one is given; a bare network may get it from the DataModule."""
         super().__init__()
+        if isinstance(model, NetworkConfig) and model.quantization != "none" and model.lora is None:
+            raise InputError(
+                f"network.quantization={model.quantization} needs network.lora (network=lora): quantised weights "
+                "cannot be trained, an adapter beside them can"
+            )
         if tokenizer is None and not isinstance(model, nn.Module):
             tokenizer = load_tokenizer(model)
         self.tokenizer = tokenizer
+        # What is frozen is not in a checkpoint; `load_state_dict` checks all other keys itself.
+        self.strict_loading = False
 
     @property
     def network(self) -> nn.Module:
@@ -47,6 +73,11 @@ class LanguageModule(LightningModule):
     def max_positions(self) -> int | None:
         """The longest sequence that the network's positions allow."""
         return max_positions(self.network)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuse what the device or strategy cannot do (no hook runs earlier), and make resumed runs exact."""
+        check_hardware(self.trainer, self)
+        return [ExactResume()]
 
     def setup(self, stage: str) -> None:
         """Take the DataModule's tokenizer where the module has none, and let the precision plugin read our batches."""
@@ -65,23 +96,54 @@ class LanguageModule(LightningModule):
             for network in networks:
                 shard(network, mesh)
 
-    def configure_callbacks(self) -> list[Callback]:
-        """Return what makes a run that goes on from a checkpoint equal to the uninterrupted one."""
-        return [ExactResume()]
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the Hugging Face folder that the next stage, or `transformers` alone, can load.
+    def save_pretrained(self, folder: str | Path, *, export: Export = "merged") -> None:
+        """Write the folder that the next stage can load: whole for `transformers` alone, or the adapter for `peft`.
 
         Where the weights lie in parts on several processes, all of them must call, and the first one writes.
         """
         state = gathered_state(self, self.network)
         if state is None:
-            save_pretrained(self.network, self.required_tokenizer, folder)
+            save_pretrained(self.network, self.required_tokenizer, folder, export=export)
         elif state:
-            save_pretrained(self.network, self.required_tokenizer, folder, state=state)
+            save_pretrained(self.network, self.required_tokenizer, folder, export=export, state=state)
         if state is not None:
             # Nobody reads the folder before it is there.
             distributed.barrier()
+
+    def on_validation_start(self) -> None:
+        """Keep metrics in float32, which bf16-true turns into bfloat16 with the weights."""
+        for part in self.modules():
+            if isinstance(part, Metric):
+                part.set_dtype(torch.float32)
+
+    def check_export(self, export: Export) -> None:
+        """Raise `InputError` where the network cannot be exported like that."""
+        check_export(self.network, export)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return what training changes: frozen networks and the weights below adapters come from their folders."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if self.in_checkpoint(name)}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` returned; raises `RuntimeError` where a weight is missing or unknown."""
+        keys = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in keys.missing_keys if self.in_checkpoint(name)]
+        if missing or keys.unexpected_keys:
+            raise RuntimeError(f"checkpoint does not fit: missing {missing}, unexpected {keys.unexpected_keys}")
+        return keys
+
+    def in_checkpoint(self, name: str) -> bool:
+        """Return whether training changes this entry of the state: of a network with an adapter that, and its head."""
+        if name.startswith(self.never_changed):
+            return False
+        return not has_adapter(self.network) or ".lora_" in name or name.endswith(self._heads)
+
+    @property
+    def _heads(self) -> tuple[str, ...]:
+        """The names of the weights of scalar heads."""
+        heads = [path for path, m in self.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+        return tuple(f"{path}.{name}" for path in heads for name in ("weight", "bias"))
 
     @property
     def required_tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -134,6 +196,7 @@ def predictions(network: nn.Module, batch: SFTBatch) -> tuple[Float[Tensor, "N V
 def adamw_with_schedule(
     module: LightningModule,
     *,
+    optimizer: OptimizerName,
     learning_rate: float,
     weight_decay: float,
     schedule: Schedule,
@@ -141,14 +204,15 @@ def adamw_with_schedule(
     floor: float,
 ) -> Any:
     """Return Lightning's dictionary of AdamW over what is trained and a schedule that moves every optimizer step."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = adamw([{"params": trained}], lr=learning_rate, weight_decay=weight_decay)
+    groups = [{"params": trained_weights(module)}]
+    whole = embeddings_and_heads(module)
+    adam = adamw(groups, optimizer=optimizer, whole=whole, lr=learning_rate, weight_decay=weight_decay)
     total = module.trainer.estimated_stepping_batches
 
     def factor(step: int) -> float:
         return learning_rate_factor(step, total, schedule=schedule, warmup_steps=warmup_steps, floor=floor)
 
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+    return {"optimizer": adam, "lr_scheduler": {"scheduler": LambdaLR(adam, factor), "interval": "step"}}
 
 
 def check_optimization(
@@ -166,11 +230,38 @@ def check_optimization(
         raise InputError(f"warmup_steps={warmup_steps} must be a whole number, 0 or more")
 
 
-def adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
-    """Return AdamW; on a CPU in one kernel, where a loop over the weights takes several times longer."""
+def adamw(
+    groups: list[dict[str, Any]], *, optimizer: OptimizerName, whole: list[nn.Parameter], **settings: Any
+) -> torch.optim.Optimizer:
+    """Return AdamW; with 8 bits the moments of the weights in ``whole`` stay in 32.
+
+    On a CPU the 32-bit one works in one kernel, where a loop over the weights takes several times longer.
+    """
+    if optimizer != "adamw":
+        from rlhf_lightning.modules.eight_bit import AdamW8bit
+
+        return AdamW8bit(groups, whole, is_paged=optimizer == "paged_adamw_8bit", **settings)
     # On CUDA torch chooses: Lightning cannot clip gradients that a fused step unscales (16-mixed).
     on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, fused=on_cpu or None, **settings)
+
+
+def embeddings_and_heads(module: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of embeddings, output layers and scalar heads, whose gradients are rare or large."""
+    from transformers import PreTrainedModel
+
+    layers: list[Any] = []
+    for part in module.modules():
+        if isinstance(part, nn.Embedding) or (isinstance(part, nn.Linear) and part.out_features == 1):
+            layers.append(part)
+        if isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
+            layers.append(part.get_output_embeddings())
+    return [weight for layer in layers for weight in layer.parameters()]
+
+
+def trained_weights(module: nn.Module) -> list[nn.Parameter]:
+    """Return the weights that are trained, each once."""
+    return [weight for weight in module.parameters() if weight.requires_grad]
 
 
 def without_dropout_on_purpose() -> None:

@@ -29,11 +29,22 @@ from rlhf_lightning.functional.losses import (
 )
 from rlhf_lightning.functional.masking import masked_sum
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
-from rlhf_lightning.modules.language import LanguageModule, adamw, predictions, without_dropout_on_purpose
-from rlhf_lightning.modules.ppo_checks import KLPenalty, LossMean, check_settings
+from rlhf_lightning.modules.hardware import OptimizerName
+from rlhf_lightning.modules.language import (
+    LanguageModule,
+    adamw,
+    embeddings_and_heads,
+    predictions,
+    trained_weights,
+    without_dropout_on_purpose,
+)
+from rlhf_lightning.modules.ppo_checks import CriticKind, KLPenalty, LossMean, check_settings
 from rlhf_lightning.modules.ptx import BatchStream
 from rlhf_lightning.modules.sharding import Gathering, gathered_where_wanted
-from rlhf_lightning.networks import Critic, Model, load_policy, stop_token_ids
+from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
+from rlhf_lightning.networks.critic import Copy, TrunkCritic, new_value_head
+from rlhf_lightning.networks.lora import train_adapter
+from rlhf_lightning.networks.roles import frozen, have_one_backbone, on_the_same_backbone, reference_of
 from rlhf_lightning.networks.sharding import set_gradient_sync
 from rlhf_lightning.preflight import check_ppo, check_ppo_strategy, of_all_processes, of_status, refusal
 from rlhf_lightning.rollout.experience import (
@@ -57,9 +68,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FROZEN = ("reference.", "reward.")
-"""Networks that training never changes: they come from their folders and stay out of checkpoints."""
-
 OF_STATES = ("value_loss", "value_clip_fraction")
 """Quantities of an update that have a place for each state (B, R + 1); the others have one for each token (B, R)."""
 
@@ -82,6 +90,8 @@ class PPOModule(LanguageModule):
     without a critic: REINFORCE (Williams 1992), RLOO (Ahmadian et al. 2024), GRPO (Shao et al. 2024).
     """
 
+    never_changed = ("reference.", "reward.")
+
     def __init__(
         self,
         model: Model,
@@ -89,6 +99,7 @@ class PPOModule(LanguageModule):
         reward: RewardSetting,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         reward_tokenizer: "PreTrainedTokenizerBase | None" = None,
+        critic: CriticKind = "separate",
         beta: float = 0.05,
         kl_penalty: KLPenalty = "reward",
         adaptive_kl_target: float | None = None,
@@ -123,6 +134,7 @@ class PPOModule(LanguageModule):
         warmup_steps: int = 0,
         max_grad_norm: float = 1.0,
         ema_decay: float | None = None,
+        optimizer: OptimizerName = "adamw",
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -139,11 +151,12 @@ class PPOModule(LanguageModule):
         check_settings(locals())
         super().__init__(model, tokenizer)
         self.automatic_optimization = False
-        # Frozen networks are not in a checkpoint; `load_state_dict` checks all other keys itself.
-        self.strict_loading = False
         self.policy = load_policy(model).eval()
-        self.reference = deepcopy(self.policy).requires_grad_(False)
-        self.ema = None if ema_decay is None else deepcopy(self.reference)
+        self.lora = model.lora if isinstance(model, NetworkConfig) else None
+        self.shares_backbone = isinstance(model, NetworkConfig) and model.roles == "shared"
+        self._copy: Copy = on_the_same_backbone if self.shares_backbone else deepcopy
+        self.reference = frozen(reference_of(self.policy) if self.shares_backbone else deepcopy(self.policy))
+        self.ema = None if ema_decay is None else frozen(self._copy(self.policy))
         self.kl_penalty = kl_penalty
         self.adaptive_kl_target = adaptive_kl_target
         self.adaptive_kl_horizon = adaptive_kl_horizon
@@ -179,6 +192,7 @@ class PPOModule(LanguageModule):
         self.warmup_steps = warmup_steps
         self.max_grad_norm = max_grad_norm
         self.ema_decay = ema_decay
+        self.optimizer = optimizer
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.seed = seed
@@ -193,10 +207,15 @@ class PPOModule(LanguageModule):
         self.ptx_drawn = 0
         # In a closure: a network that was given here is registered once, as part of `reward`.
         self._load_reward = lambda: load_reward(
-            reward, self.required_tokenizer, tokenizer=reward_tokenizer, micro_batch_size=micro_batch_size
+            reward,
+            self.required_tokenizer,
+            tokenizer=reward_tokenizer,
+            micro_batch_size=micro_batch_size,
+            backbone=self.policy if self.shares_backbone else None,
         )
         self.reward: Reward | None = None
-        self.critic: Critic | None = None
+        self.shares_trunk = critic == "shared_trunk"
+        self.critic: Critic | TrunkCritic | None = None
         self.scored_rollout: ScoredRollout | None = None
         if self.tokenizer is not None:
             self.configure_model()
@@ -213,6 +232,7 @@ class PPOModule(LanguageModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Refuse what the Trainer cannot do for PPO; no other hook runs before Lightning's own, poorer refusal."""
+        super().configure_callbacks()
         trainer = self.trainer
         check_ppo_strategy(type(trainer.strategy).__name__)
         if trainer.gradient_clip_val:
@@ -245,7 +265,7 @@ class PPOModule(LanguageModule):
         self.reward = self._load_reward()
         if self.advantage == "gae":
             self.critic = self._new_critic(self.reward)
-        self.policy.requires_grad_(True)
+        train_adapter(self.policy)
         # Dropout would make the first ratio differ from 1.
         self.eval()
         without_dropout_on_purpose()
@@ -364,7 +384,7 @@ class PPOModule(LanguageModule):
         self.updates += len(steps)
         means = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
         state = {"learning_rate": self._learning_rate, "updates": self.updates, "beta": self.beta}
-        return means | {name: torch.tensor(float(value)) for name, value in state.items()}
+        return means | {name: torch.tensor(float(value), dtype=torch.float32) for name, value in state.items()}
 
     def losses(self, experience: Experience) -> dict[str, Tensor]:
         """Return the policy's quantities of each sampled token (B, R), and the critic's of each state (B, R + 1)."""
@@ -417,29 +437,17 @@ class PPOModule(LanguageModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return one AdamW with a group for the policy and one for the critic (eps as in Huang et al. 2024)."""
-        groups = [{"params": list(self.policy.parameters()), "lr": self.learning_rate}]
+        groups = [{"params": trained_weights(self.policy), "lr": self.learning_rate}]
         if self.critic is not None:
-            groups.append({"params": list(self.critic.parameters()), "lr": self.critic_learning_rate})
-        return adamw(groups, eps=1e-5, weight_decay=0.0)
+            groups.append({"params": trained_weights(self.critic), "lr": self.critic_learning_rate})
+        whole = embeddings_and_heads(self)
+        return adamw(groups, optimizer=self.optimizer, whole=whole, eps=1e-5, weight_decay=0.0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients of policy and critic, each by its own norm, after they were unscaled."""
         # Of sharded gradients the norm is known in parts, too.
         norms = [whole(clip_grad_norm_(group["params"], self.max_grad_norm)) for group in optimizer.param_groups]
         self._grad_norms = dict(zip(("policy_grad_norm", "critic_grad_norm"), norms, strict=False))
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return what training changes: the frozen networks come from their folders."""
-        state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if not name.startswith(FROZEN)}
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` returned; raises `RuntimeError` where a weight is missing or unknown."""
-        keys = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [name for name in keys.missing_keys if not name.startswith(FROZEN)]
-        if missing or keys.unexpected_keys:
-            raise RuntimeError(f"checkpoint does not fit: missing {missing}, unexpected {keys.unexpected_keys}")
-        return keys
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what changes from rollout to rollout beside weights, as plain numbers that are equal on all ranks."""
@@ -488,12 +496,19 @@ class PPOModule(LanguageModule):
     def _learning_rate(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])
 
-    def _new_critic(self, reward: Reward) -> Critic:
+    def _new_critic(self, reward: Reward) -> Critic | TrunkCritic:
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.shares_trunk:
+            return TrunkCritic(self.policy, new_value_head(self.policy, generator))
         # Of a reward that is made of several: the first that can be one.
-        models = [part for part in reward.modules() if isinstance(part, ModelReward) and part.shares_tokens]
+        models = [
+            part.reward_model for part in reward.modules() if isinstance(part, ModelReward) and part.shares_tokens
+        ]
+        if self.shares_backbone:
+            models = [model for model in models if have_one_backbone(model, self.policy)]
         if models:
-            return Critic.from_reward_model(models[0].reward_model)
-        return Critic.from_policy(self.policy, torch.Generator().manual_seed(self.seed))
+            return Critic.from_reward_model(models[0], copy=self._copy, lora=self.lora)
+        return Critic.from_policy(self.policy, generator, copy=self._copy, lora=self.lora)
 
     def check_minibatches(self, prompts: int) -> None:
         """Raise `InputError` where the rollout of so many prompts of one process cannot be cut into minibatches."""
@@ -518,7 +533,7 @@ class PPOModule(LanguageModule):
         # Means over the whole optimizer step: the counts must be known before the first micro-batch.
         mask = minibatch.response_mask
         own = [mask.sum(), minibatch.value_mask.sum(), mask.any(dim=1).sum()]
-        counts = self.sum_over_ranks(torch.tensor([float(n) for n in own], device=self.device))
+        counts = self.sum_over_ranks(torch.tensor([float(n) for n in own], dtype=torch.float32, device=self.device))
         # As plain numbers: a quotient of two of them is then as precise as the losses may be.
         tokens, states, sequences = counts.clamp(min=1.0).tolist()
         policy_scale = tokens / sequences if self.loss_mean == "sequences" else 1.0
@@ -603,7 +618,8 @@ class PPOModule(LanguageModule):
         if self.ema is None or self.ema_decay is None:
             return
         for average, weight in zip(self.ema.parameters(), self.policy.parameters(), strict=True):
-            average.lerp_(weight, 1 - self.ema_decay)
+            if weight.requires_grad:
+                average.lerp_(weight, 1 - self.ema_decay)
 
     def _set_learning_rates(self, update: int, updates_per_rollout: int) -> None:
         """Set what the schedule says of this update out of all that the Trainer will make."""

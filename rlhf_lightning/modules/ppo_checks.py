@@ -6,10 +6,13 @@ from typing import Any, Literal, get_args
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.schedules import Schedule
+from rlhf_lightning.modules.hardware import OptimizerName
 from rlhf_lightning.modules.sharding import Gathering
 from rlhf_lightning.rollout.experience import Baseline, Estimator, Placement
 from rlhf_lightning.rollout.shaping import MissingEOS, Normalization
 
+CriticKind = Literal["separate", "shared_trunk"]
+"""Whether the critic is a network of its own, or a head on the policy's last hidden states."""
 KLPenalty = Literal["reward", "loss_k1", "loss_k2"]
 """Where the KL to the reference is charged, and in the loss by which estimator."""
 LossMean = Literal["tokens", "sequences"]
@@ -33,12 +36,14 @@ AT_LEAST_1 = ("ppo_epochs", "minibatch_size", "micro_batch_size", "max_new_token
 CHOICES = {
     "advantage": get_args(Estimator),
     "baseline": get_args(Baseline),
+    "critic": get_args(CriticKind),
     "gather_weights": get_args(Gathering),
     "kl_penalty": get_args(KLPenalty),
     "loss_mean": get_args(LossMean),
     "lr_schedule": get_args(Schedule),
     "missing_eos": get_args(MissingEOS),
     "normalize_scores": get_args(Normalization),
+    "optimizer": get_args(OptimizerName),
     "score_placement": get_args(Placement),
 }
 MAY_BE_INFINITE = ("max_grad_norm", "clip_range", "value_clip_range")

@@ -15,6 +15,7 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.losses import pairwise_logistic_loss, ranked_pairs, ranking_loss
 from rlhf_lightning.functional.masking import last_index
 from rlhf_lightning.functional.schedules import Schedule
+from rlhf_lightning.modules.hardware import OptimizerName
 from rlhf_lightning.modules.language import (
     LanguageModule,
     adamw_with_schedule,
@@ -56,6 +57,7 @@ class RewardModule(LanguageModule):
         lr_schedule: Schedule = "cosine",
         lr_floor: float = 0.0,
         warmup_steps: int = 0,
+        optimizer: OptimizerName = "adamw",
         shift_scores: bool = True,
         margin_coef: float = 0.0,
         lm_coef: float = 0.0,
@@ -98,6 +100,7 @@ class RewardModule(LanguageModule):
         self.lr_schedule = lr_schedule
         self.lr_floor = lr_floor
         self.warmup_steps = warmup_steps
+        self.optimizer = optimizer
         self.shift_scores = shift_scores
         self.margin_coef = margin_coef
         self.lm_coef = lm_coef
@@ -228,6 +231,7 @@ class RewardModule(LanguageModule):
         """Return AdamW with the schedule."""
         return adamw_with_schedule(
             self,
+            optimizer=self.optimizer,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             schedule=self.lr_schedule,

@@ -10,7 +10,13 @@ from torchmetrics.text import Perplexity
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.schedules import Schedule
-from rlhf_lightning.modules.language import LanguageModule, adamw_with_schedule, check_optimization, predictions
+from rlhf_lightning.modules.hardware import OptimizerName
+from rlhf_lightning.modules.language import (
+    LanguageModule,
+    adamw_with_schedule,
+    check_optimization,
+    predictions,
+)
 from rlhf_lightning.networks import Model, load_policy, stop_token_ids
 from rlhf_lightning.types import SFTBatch
 
@@ -35,6 +41,7 @@ class SFTModule(LanguageModule):
         lr_schedule: Schedule = "cosine",
         lr_floor: float = 0.0,
         warmup_steps: int = 0,
+        optimizer: OptimizerName = "adamw",
         dropout: float | None = None,
     ) -> None:
         """Load the language model; ``dropout`` replaces that of all of its dropout layers.
@@ -61,6 +68,7 @@ class SFTModule(LanguageModule):
         self.lr_schedule = lr_schedule
         self.lr_floor = lr_floor
         self.warmup_steps = warmup_steps
+        self.optimizer = optimizer
         self.val_loss = MeanMetric()
         self.val_perplexity = Perplexity()
         self.val_token_accuracy = MulticlassAccuracy(self.policy.config.get_text_config().vocab_size, average="micro")
@@ -103,6 +111,7 @@ class SFTModule(LanguageModule):
         """Return AdamW with the schedule."""
         return adamw_with_schedule(
             self,
+            optimizer=self.optimizer,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             schedule=self.lr_schedule,
@@ -113,7 +122,9 @@ class SFTModule(LanguageModule):
 
 def set_dropout(network: nn.Module, probability: float) -> None:
     """Set the probability of every dropout layer; raises `InputError` where the network has none."""
-    layers = [layer for layer in network.modules() if isinstance(layer, nn.Dropout)]
+    # That of an adapter is network.lora.dropout.
+    named = network.named_modules()
+    layers = [layer for name, layer in named if isinstance(layer, nn.Dropout) and ".lora_dropout" not in name]
     if not layers:
         raise InputError(
             f"dropout={probability}: {type(network).__name__} has no dropout layers; leave dropout at None (null)"

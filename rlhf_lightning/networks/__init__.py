@@ -1,4 +1,4 @@
-"""Networks: loading them from Hugging Face folders, the scalar head, the critic, and writing folders back."""
+"""Networks: loading them from Hugging Face folders, adapters and bits, the scalar head, the critic, writing folders."""
 
 from rlhf_lightning.networks.critic import Critic
 from rlhf_lightning.networks.loading import (
@@ -8,18 +8,27 @@ from rlhf_lightning.networks.loading import (
     load_reward_model,
     load_tokenizer,
     max_positions,
+    network_config,
     stop_token_ids,
 )
-from rlhf_lightning.networks.saving import save_pretrained
+from rlhf_lightning.networks.lora import LoRA, has_adapter
+from rlhf_lightning.networks.quantizing import is_quantized
+from rlhf_lightning.networks.saving import Export, check_export, save_pretrained
 
 __all__ = [
     "Critic",
+    "Export",
+    "LoRA",
     "Model",
     "NetworkConfig",
+    "check_export",
+    "has_adapter",
+    "is_quantized",
     "load_policy",
     "load_reward_model",
     "load_tokenizer",
     "max_positions",
+    "network_config",
     "save_pretrained",
     "stop_token_ids",
 ]

@@ -1,6 +1,8 @@
 """The critic: a transformer body with a scalar head at every position."""
 
+from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -9,7 +11,11 @@ from torch import Tensor, nn
 
 from rlhf_lightning.functional.masking import position_ids
 from rlhf_lightning.functional.precision import at_least_float32
+from rlhf_lightning.networks.lora import LoRA, add_adapter, has_adapter, train_adapter
 from rlhf_lightning.networks.scalar_head import init_scalar_head, scalar_head
+
+Copy = Callable[[nn.Module], nn.Module]
+"""How a body is copied: `deepcopy`, or onto the same backbone."""
 
 
 class Critic(nn.Module):
@@ -22,16 +28,29 @@ class Critic(nn.Module):
         self.head = head
 
     @classmethod
-    def from_reward_model(cls, reward_model: Any) -> Self:
-        """Copy the reward model's body and head (Stiennon et al. 2020; Ouyang et al. 2022)."""
-        return cls(deepcopy(reward_model.base_model), deepcopy(scalar_head(reward_model))).requires_grad_(True)
+    def from_reward_model(cls, reward_model: Any, *, copy: Copy = deepcopy, lora: LoRA | None = None) -> Self:
+        """Copy the reward model's body and head (Stiennon et al. 2020; Ouyang et al. 2022); see `train_weights`."""
+        return cls(copy(reward_model.base_model), deepcopy(scalar_head(reward_model))).train_weights(lora)
 
     @classmethod
-    def from_policy(cls, policy: Any, generator: torch.Generator | None = None) -> Self:
+    def from_policy(
+        cls,
+        policy: Any,
+        generator: torch.Generator | None = None,
+        *,
+        copy: Copy = deepcopy,
+        lora: LoRA | None = None,
+    ) -> Self:
         """Copy the policy's body under a new head: where the reward is a function or reads other tokens."""
-        head = nn.Linear(policy.config.get_text_config().hidden_size, 1, bias=False, dtype=policy.dtype)
-        init_scalar_head(head, generator)
-        return cls(deepcopy(policy.base_model), head).requires_grad_(True)
+        return cls(copy(policy.base_model), new_value_head(policy, generator)).train_weights(lora)
+
+    def train_weights(self, lora: LoRA | None = None) -> Self:
+        """Train head and body, of a body with an adapter that alone; with ``lora`` a body without gets a new one."""
+        if lora is not None and not has_adapter(self.backbone):
+            add_adapter(self.backbone, lora)
+        train_adapter(self.backbone)
+        self.head.requires_grad_(True)
+        return self
 
     def forward(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Return the value of the state after each token, in at least float32."""
@@ -43,3 +62,65 @@ class Critic(nn.Module):
         ).last_hidden_state
         # A copy: FSDP2 hangs its hooks on the output, which a view could lose.
         return at_least_float32(self.head(hidden).squeeze(-1).clone())
+
+
+class TrunkCritic(nn.Module):
+    """Values from the policy's own last hidden states (Schulman et al. 2017, eq. 9): a head, and no body of its own.
+
+    The value loss then trains the policy's body too. Where the policy has just read the same tokens its states are
+    taken from there, so that policy and critic cost one forward.
+    """
+
+    def __init__(self, policy: Any, head: nn.Linear) -> None:
+        """Take the policy, whose weights stay its own, and a linear layer with one output."""
+        super().__init__()
+        self.head = head
+        # In a tuple: not a submodule, so that the body is registered, moved and saved once.
+        self._body = (policy.base_model,)
+        self._read: _Read | None = None
+        policy.base_model.register_forward_hook(self._keep, with_kwargs=True)
+
+    def forward(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """Return the value of the state after each token, in at least float32."""
+        read, self._read = self._read, None
+        if read is None or not read.is_of(tokens, attention_mask):
+            output = self._body[0](
+                input_ids=tokens,
+                attention_mask=attention_mask.long(),
+                position_ids=position_ids(attention_mask),
+                use_cache=False,
+            )
+            read, self._read = _Read(tokens, attention_mask, output.last_hidden_state, torch.is_grad_enabled()), None
+        return at_least_float32(self.head(read.hidden).squeeze(-1))
+
+    def _keep(self, body: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        # Not while sampling, where each step reads one token.
+        if kwargs["use_cache"] is False:
+            tokens, mask = args[0] if args else kwargs["input_ids"], kwargs["attention_mask"]
+            self._read = _Read(tokens, mask, output.last_hidden_state, torch.is_grad_enabled())
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What the policy's body made of its last tokens."""
+
+    tokens: Tensor
+    attention_mask: Tensor
+    hidden: Tensor
+    with_gradient: bool
+
+    def is_of(self, tokens: Tensor, attention_mask: Tensor) -> bool:
+        """Return whether these are the states of the same tokens, as they are wanted now."""
+        return (
+            self.tokens is tokens
+            and self.with_gradient == torch.is_grad_enabled()
+            and torch.equal(self.attention_mask.bool(), attention_mask)
+        )
+
+
+def new_value_head(policy: Any, generator: torch.Generator | None = None) -> nn.Linear:
+    """Return a new scalar head for the policy's hidden states."""
+    hidden_size = policy.config.get_text_config().hidden_size
+    head = nn.Linear(hidden_size, 1, bias=False, dtype=policy.dtype, device=policy.device)
+    init_scalar_head(head, generator)
+    return head

@@ -1,6 +1,8 @@
 """From a Hugging Face folder or hub name, or a network that the user holds, to policy, reward model and tokenizer."""
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -8,10 +10,22 @@ import torch
 from torch import nn
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.networks.adapters import Adapter, attach, check_same_shape, read_adapter, same_network
+from rlhf_lightning.networks.lora import LoRA, add_adapter, merge_adapter
+from rlhf_lightning.networks.quantizing import (
+    Quantization,
+    check_blocks,
+    compute_alike_in_both_modes,
+    is_quantized,
+    quantization_settings,
+)
+from rlhf_lightning.networks.roles import Roles, reward_model_on
 from rlhf_lightning.networks.scalar_head import HeadInit, init_scalar_head, scalar_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,26 @@ class NetworkConfig:
     """Padding token of a tokenizer that has none; added to the vocabulary if it is not in it."""
     eos_token: str | None = None
     """End token of a tokenizer that has none, or another one than its own."""
+    lora: LoRA | None = None
+    """Train an adapter and freeze all else; None trains everything. A mapping of its settings will do."""
+    quantization: Quantization = "none"
+    """Bits of the frozen linear layers: "none", "int8" or "nf4"; trained with ``lora`` only."""
+    roles: Roles = "separate"
+    """In PPO: four "separate" networks, or adapters on one "shared" backbone, which needs ``lora``."""
+
+    def __post_init__(self) -> None:
+        """Check the settings; raises `InputError`."""
+        lora: object = self.lora
+        if isinstance(lora, Mapping):
+            object.__setattr__(self, "lora", LoRA(**lora))
+        choices = {"quantization": ("none", "int8", "nf4"), "roles": ("separate", "shared")}
+        for name, allowed in choices.items():
+            if (value := vars(self)[name]) not in allowed:
+                raise InputError(f"network.{name}={value!r} must be one of {', '.join(allowed)}")
+        if self.roles == "shared" and self.lora is None:
+            raise InputError(
+                "network.roles=shared needs network.lora (network=lora): without adapters all roles would be one"
+            )
 
 
 Model = str | Path | NetworkConfig | nn.Module
@@ -39,20 +73,25 @@ Model = str | Path | NetworkConfig | nn.Module
 def load_policy(model: Model) -> "PreTrainedModel":
     """Return the causal language model, its embeddings grown to the tokenizer where a token was added.
 
-    Raises `InputError` where the folder or name holds no causal language model.
+    With ``lora`` it has an adapter, and all else is frozen: a new one, or that of an adapter folder. Without, the
+    adapter of such a folder is merged into its base. Raises `InputError` where the folder or name holds no causal
+    language model.
     """
     from transformers import AutoModelForCausalLM
 
     if isinstance(model, nn.Module):
         return cast("PreTrainedModel", model)
-    network = network_config(model)
+    network, adapter = _with_base(network_config(model))
     policy, loading = _from_pretrained(AutoModelForCausalLM, network, output_loading_info=True)
     if loading["missing_keys"]:
         raise InputError(
             f"network.pretrained={network.pretrained!r} cannot be loaded as AutoModelForCausalLM: its weights "
             f"{sorted(loading['missing_keys'])} are missing, as in a reward model"
         )
-    _fit_vocabulary(policy, load_tokenizer(network))
+    _fit_vocabulary(policy, load_tokenizer(model), network)
+    _adapt(policy, network, adapter)
+    if adapter is not None:
+        _take_over_generation_config(policy, adapter)
     return cast("PreTrainedModel", policy)
 
 
@@ -62,30 +101,40 @@ def load_reward_model(
     generator: torch.Generator | None = None,
     head_init: HeadInit = "unit",
     trained: bool = False,
+    backbone: nn.Module | None = None,
 ) -> "PreTrainedModel":
     """Return a sequence classifier with one label, its scalar head new where ``model`` is a language model.
 
-    A new head is drawn with ``generator`` as `init_scalar_head` says. Raises `InputError` where there is no classifier,
-    and where a ``trained`` one is wanted and the folder has no head.
+    A new head is drawn with ``generator`` as `init_scalar_head` says. Adapters are treated as in `load_policy`; a
+    reward model that was trained as an adapter on the network ``backbone`` uses its weights and loads none. Raises
+    `InputError` where there is no classifier, and where a ``trained`` one is wanted and the folder has no head.
     """
     from transformers import AutoModelForSequenceClassification
 
     if isinstance(model, nn.Module):
         return _as_reward_model(model, generator, head_init)
-    network = network_config(model)
+    network, adapter = _with_base(network_config(model))
+    tokenizer = load_tokenizer(model)
+    if backbone is not None and _is_on(adapter, network_config(model), backbone):
+        assert adapter is not None
+        reward_model = reward_model_on(backbone, adapter)
+        reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        return cast("PreTrainedModel", reward_model)
     reward_model, loading = _from_pretrained(
         AutoModelForSequenceClassification, network, num_labels=1, output_loading_info=True
     )
-    tokenizer = load_tokenizer(network)
-    _fit_vocabulary(reward_model, tokenizer)
+    _fit_vocabulary(reward_model, tokenizer, network)
     reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if loading["missing_keys"] and trained:
+    head_is_there = _adapt(reward_model, network, adapter) or not loading["missing_keys"]
+    if not head_is_there and trained:
         raise InputError(
             f"{network.pretrained!r} is no reward model: its weights {sorted(loading['missing_keys'])} are missing, as "
             "in a language model; train one with RewardModule (`rlhf train module=reward`)"
         )
-    if loading["missing_keys"]:
-        init_scalar_head(scalar_head(reward_model), generator, head_init=head_init)
+    head = scalar_head(reward_model)
+    if not head_is_there:
+        init_scalar_head(head, generator, head_init=head_init)
+    head.requires_grad_(True)
     return cast("PreTrainedModel", reward_model)
 
 
@@ -129,14 +178,61 @@ def stop_token_ids(policy: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> l
     return sorted({int(i) for i in [tokenizer.eos_token_id, *ids] if i is not None})
 
 
+def _with_base(network: NetworkConfig) -> tuple[NetworkConfig, Adapter | None]:
+    """Return what is to be loaded, and the adapter to be put into it where the settings name an adapter."""
+    adapter = read_adapter(network.pretrained, network.revision)
+    if adapter is None:
+        return network, None
+    return replace(network, pretrained=adapter.base, revision=adapter.config.revision), adapter
+
+
+def _adapt(model: "PreTrainedModel", network: NetworkConfig, adapter: Adapter | None) -> bool:
+    """Add the adapter, or merge it where none is trained; return whether it brought a scalar head."""
+    check_blocks(model)
+    compute_alike_in_both_modes(model)
+    if adapter is None:
+        if network.lora is not None:
+            add_adapter(model, network.lora)
+        return False
+    if network.lora is not None:
+        check_same_shape(model, adapter, network.lora)
+    has_head = attach(model, adapter, dropout=0.0 if network.lora is None else network.lora.dropout)
+    if network.lora is None and not is_quantized(model):
+        merge_adapter(model)
+        model.requires_grad_(True)
+    return has_head
+
+
+def _is_on(adapter: Adapter | None, network: NetworkConfig, backbone: nn.Module) -> bool:
+    """Return whether this reward model can use the weights of ``backbone``; say so where it cannot."""
+    body: Any = backbone
+    if adapter is not None and same_network(adapter.base, body.name_or_path):
+        return True
+    base = "no adapter" if adapter is None else f"an adapter on {adapter.base!r}"
+    log.warning(
+        "network.roles=shared: the reward model %r is %s, the policy stands on %r: it gets a backbone of its own",
+        network.pretrained,
+        base,
+        body.name_or_path,
+    )
+    return False
+
+
+def _take_over_generation_config(policy: Any, adapter: Adapter) -> None:
+    from transformers import GenerationConfig
+
+    if (Path(adapter.folder) / "generation_config.json").is_file():
+        policy.generation_config = GenerationConfig.from_pretrained(adapter.folder)
+
+
 def _from_pretrained(auto_class: Any, network: NetworkConfig, **settings: Any) -> Any:
+    dtype = getattr(torch, network.dtype)
+    settings |= quantization_settings(network.quantization, dtype)
     if network.attn_implementation is not None:
         settings["attn_implementation"] = network.attn_implementation
     try:
         # The checkpoint's own dtype is never taken over: bfloat16 weights would train in bfloat16 without a word.
-        return auto_class.from_pretrained(
-            network.pretrained, dtype=getattr(torch, network.dtype), revision=network.revision, **settings
-        )
+        return auto_class.from_pretrained(network.pretrained, dtype=dtype, revision=network.revision, **settings)
     except (OSError, ValueError, RuntimeError) as error:
         raise _not_loadable(network, auto_class.__name__, error) from error
 
@@ -149,9 +245,15 @@ def _not_loadable(network: NetworkConfig, what: str, error: Exception) -> InputE
     )
 
 
-def _fit_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+def _fit_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", network: NetworkConfig) -> None:
     embeddings: Any = model.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
+        if network.lora is not None or network.quantization != "none":
+            raise InputError(
+                f"network.pad_token={network.pad_token!r}, network.eos_token={network.eos_token!r}: a token that is "
+                "new to the vocabulary has an embedding that network.lora would neither train nor save; name one that "
+                "the tokenizer has"
+            )
         model.resize_token_embeddings(len(tokenizer))
 
 

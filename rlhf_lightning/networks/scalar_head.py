@@ -16,7 +16,9 @@ HeadInit = Literal["unit", "small"]
 
 def scalar_head(reward_model: nn.Module) -> nn.Linear:
     """Return the linear layer with one output of a classifier; raises `InputError` where there is not exactly one."""
-    heads = [m for m in reward_model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+    # An adapter of rank 1 has such layers too.
+    layers = [layer for name, layer in reward_model.named_modules() if ".lora_" not in name]
+    heads = [layer for layer in layers if isinstance(layer, nn.Linear) and layer.out_features == 1]
     if len(heads) != 1:
         raise InputError(
             f"a reward model is a sequence classifier with one label; {type(reward_model).__name__} has {len(heads)} "

@@ -63,7 +63,7 @@ def sample_probe(
 
 
 def _evenly(length: int, number: int) -> Tensor:
-    return torch.linspace(0, length - 1, min(number, length)).long()
+    return torch.linspace(0, length - 1, min(number, length), dtype=torch.float32).long()
 
 
 def _sampler_logprobs(rollout: Rollout, steps: list[tuple[Tensor, Tensor]], temperature: float) -> Tensor:

@@ -85,7 +85,9 @@ class FunctionReward(Reward):
                 f"{len(scores)} scores"
             )
         return torch.tensor(
-            [_finite(score, name, row) for row, score in enumerate(scores)], device=rollout.tokens.device
+            [_finite(score, name, row) for row, score in enumerate(scores)],
+            dtype=torch.float32,
+            device=rollout.tokens.device,
         )
 
 
@@ -126,7 +128,7 @@ class ModelReward(Reward):
                 f"model; {SHORTER}"
             )
         by_length = mask.sum(dim=1).argsort()
-        scores = torch.empty(len(tokens), device=tokens.device)
+        scores = torch.empty(len(tokens), dtype=torch.float32, device=tokens.device)
         for rows in by_length.split(self.micro_batch_size):
             scores[rows] = self._logits(tokens[rows], mask[rows])
         if not scores.isfinite().all():
@@ -303,17 +305,23 @@ def load_reward(
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     micro_batch_size: int = 32,
+    backbone: nn.Module | None = None,
 ) -> Reward:
     """Return the reward that a setting stands for.
 
     A `Reward` is itself; a classifier module reads ``tokenizer`` (the policy's where not given); another callable is a
     reward function; ``"file.py:function"`` and ``"package.module:function"`` name one; any other string is a
-    reward-model folder or hub name. The rewards of a `WeightedSum` or an `Ensemble` are loaded in the same way.
+    reward-model folder or hub name. The rewards of a `WeightedSum` or an `Ensemble` are loaded in the same way. A
+    reward model that was trained as an adapter on the network ``backbone`` uses its weights.
     """
     if isinstance(reward, Reward):
         return reward
     load = partial(
-        load_reward, policy_tokenizer=policy_tokenizer, tokenizer=tokenizer, micro_batch_size=micro_batch_size
+        load_reward,
+        policy_tokenizer=policy_tokenizer,
+        tokenizer=tokenizer,
+        micro_batch_size=micro_batch_size,
+        backbone=backbone,
     )
     if isinstance(reward, WeightedSum):
         return WeightedReward({name: load(part) for name, part in reward.rewards.items()}, reward.weights)
@@ -326,7 +334,7 @@ def load_reward(
         return FunctionReward(import_function(reward))
     if isinstance(reward, str | Path | NetworkConfig):
         return ModelReward(
-            load_reward_model(reward, trained=True),
+            load_reward_model(reward, trained=True, backbone=backbone),
             tokenizer or load_tokenizer(reward),
             policy_tokenizer,
             micro_batch_size=micro_batch_size,

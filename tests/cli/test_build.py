@@ -53,6 +53,19 @@ def test_what_a_constructor_refuses_is_an_input_error_with_the_place() -> None:
         build("data.sft", node)
 
 
+def test_a_precision_that_lightning_would_silently_replace_is_an_input_error() -> None:
+    node = {"_target_": "lightning.Trainer", "accelerator": "cpu", "precision": "16-mixed"}
+    with pytest.raises(InputError, match="trainer: precision=16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true"):
+        build("trainer", node)
+
+
+def test_lightnings_quantisation_on_a_cpu_is_an_input_error_with_ours() -> None:
+    plugin = {"_target_": "lightning.pytorch.plugins.BitsandbytesPrecision", "mode": "nf4"}
+    node = {"_target_": "lightning.Trainer", "accelerator": "cpu", "plugins": [plugin]}
+    with pytest.raises(InputError, match=r"trainer: BitsandbytesPrecision needs a GPU; network\.quantization does not"):
+        build("trainer", node)
+
+
 def test_what_the_trainer_refuses_is_an_input_error() -> None:
     with pytest.raises(InputError, match="trainer: "):
         build("trainer", {"_target_": "lightning.Trainer", "accelerator": "abacus"})

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rlhf_lightning.networks import Critic
+from rlhf_lightning.networks.critic import TrunkCritic, new_value_head
 from rlhf_lightning.networks.scalar_head import scalar_head
 
 TOKENS = torch.tensor([[5, 9, 7, 30, 2], [8, 4, 11, 12, 13]])
@@ -90,3 +91,58 @@ def test_the_critic_keeps_a_head_with_a_bias(classifier: Callable[..., Any]) -> 
     reward_model.score = torch.nn.Linear(16, 1)
     critic = Critic.from_reward_model(reward_model)
     assert torch.equal(critic.head.bias, scalar_head(reward_model).bias)
+
+
+def read(policy: Any, tokens: torch.Tensor, mask: torch.Tensor) -> None:
+    """Read the tokens as the policy's log-probabilities are read."""
+    positions = mask.cumsum(dim=1) - 1
+    policy(input_ids=tokens, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_on_the_policys_states_has_the_values_of_a_copy_with_that_head(
+    kind: str, policy: Callable[..., Any]
+) -> None:
+    network = policy(kind)
+    copy = Critic.from_policy(network, torch.Generator().manual_seed(0))
+    critic = TrunkCritic(network, new_value_head(network, torch.Generator().manual_seed(0)))
+    assert [name for name, _ in critic.named_parameters()] == ["head.weight"]
+    torch.testing.assert_close(critic(TOKENS, ALL), copy(TOKENS, ALL))
+    read(network, TOKENS, ALL)
+    torch.testing.assert_close(critic(TOKENS, ALL), copy(TOKENS, ALL))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_are_taken_over_only_from_the_same_tokens_read_in_the_same_way(
+    kind: str, policy: Callable[..., Any]
+) -> None:
+    network = policy(kind)
+    critic = TrunkCritic(network, new_value_head(network))
+    forwards: list[int] = []
+    network.base_model.register_forward_hook(lambda *_: forwards.append(1))
+    other, shorter = TOKENS.clone(), ALL.clone()
+    shorter[0, 0] = False
+    read(network, TOKENS, ALL)
+    critic(TOKENS, ALL)
+    assert len(forwards) == 1
+    critic(TOKENS, ALL)  # taken over once: the weights may have moved since
+    assert len(forwards) == 2
+    for tokens, mask in ((other, ALL), (TOKENS, shorter)):
+        read(network, TOKENS, ALL)
+        expected = Critic(network.base_model, critic.head)(tokens, mask)
+        forwards.clear()
+        read(network, TOKENS, ALL)
+        torch.testing.assert_close(critic(tokens, mask)[mask], expected[mask])
+        assert len(forwards) == 2
+    with torch.no_grad():
+        read(network, TOKENS, ALL)
+    assert critic(TOKENS, ALL).requires_grad
+
+
+def test_the_value_loss_reaches_the_policys_body_through_a_shared_trunk(policy: Callable[..., Any]) -> None:
+    network = policy()
+    critic = TrunkCritic(network, new_value_head(network))
+    read(network, TOKENS, ALL)
+    critic(TOKENS, ALL).sum().backward()
+    assert bool(network.model.layers[0].self_attn.q_proj.weight.grad.any())
+    assert network.lm_head.weight.grad is None
