@@ -115,7 +115,7 @@ MUTANTS = (
     Mutant(
         "the reference is the policy itself",
         PPO,
-        "self.reference = deepcopy(self.policy).requires_grad_(False)",
+        "self.reference = frozen(reference_of(self.policy) if self.shares_backbone else deepcopy(self.policy))",
         "self.reference = self.policy",
         (PPO_TESTS + "test_the_first_rollout_logs_a_kl_of_0_and_the_next_one_does_not",),
         6,
@@ -427,8 +427,8 @@ MUTANTS = (
     Mutant(
         "Adam's usual eps",
         PPO,
-        "adamw(groups, eps=1e-5,",
-        "adamw(groups, eps=1e-8,",
+        "whole=whole, eps=1e-5,",
+        "whole=whole, eps=1e-8,",
         (PPO_TESTS + "test_the_optimizer_is_adam_without_weight_decay_and_with_the_eps_of_huang_et_al",),
         39,
     ),
