@@ -6,9 +6,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-def probability_ratio(
-    logprobs: Float[Tensor, "B R"], old_logprobs: Float[Tensor, "B R"]
-) -> Float[Tensor, "B R"]:
+def probability_ratio(logprobs: Float[Tensor, "B R"], old_logprobs: Float[Tensor, "B R"]) -> Float[Tensor, "B R"]:
     """Return p / p_old of each token, by which its probability has changed since it was sampled."""
     return (logprobs - old_logprobs).exp()
 

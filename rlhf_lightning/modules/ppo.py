@@ -366,9 +366,7 @@ class PPOModule(LanguageModule):
             "value_loss": clipped_value_loss(
                 values, experience.old_values, experience.returns, value_clip_range=self.value_clip_range
             ),
-            "value_clip_fraction": is_clipped(
-                values.detach(), experience.old_values, clip_range=self.value_clip_range
-            ),
+            "value_clip_fraction": is_clipped(values.detach(), experience.old_values, clip_range=self.value_clip_range),
         }
 
     def _policy_loss(self, logprobs: Tensor, experience: Experience) -> Tensor:

@@ -39,7 +39,10 @@ def test_clipped_are_the_ratios_further_than_the_range_from_1(clip_range: float,
 
 
 def test_clipped_are_the_values_further_than_the_range_from_their_old_ones() -> None:
-    values, old = torch.tensor([[2.0, 2.5, -1.0], [0.0, 3.0, 5.0]]), torch.tensor([[2.25, 2.0, -0.5], [0.125, 4.0, 2.0]])
+    values, old = (
+        torch.tensor([[2.0, 2.5, -1.0], [0.0, 3.0, 5.0]]),
+        torch.tensor([[2.25, 2.0, -0.5], [0.125, 4.0, 2.0]]),
+    )
     assert is_clipped(values, old, clip_range=0.375).tolist() == [[0.0, 1.0, 1.0], [0.0, 1.0, 1.0]]
 
 
