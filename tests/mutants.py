@@ -1,7 +1,7 @@
 """Breaks the functional core, one fault at a time, and looks whether the tests notice.
 
     uv run python tests/mutants.py            run all, print the table of docs/details.md
-    uv run python tests/mutants.py clip       only those whose name holds "clip"
+    uv run python tests/mutants.py clip ...   only those whose name holds "clip", or one of the others
 
 A mutant is one line of the package as it must not be. The tests named with it run on a copy of the tree that holds the
 fault; it is killed when one of them fails, and survives when they pass. Exits with 1 where one survives.
@@ -38,6 +38,8 @@ FUNCTIONAL = "rlhf_lightning/functional/"
 ROLLOUT = "rlhf_lightning/rollout/"
 PPO = "rlhf_lightning/modules/ppo.py"
 PPO_TESTS = "tests/modules/test_ppo.py::"
+INVARIANCES = "tests/modules/test_invariances.py::"
+SHIFT = INVARIANCES + "test_a_shift_of_every_score_leaves_advantages_and_the_policys_gradient"
 
 MUTANTS = (
     Mutant(
@@ -129,6 +131,17 @@ MUTANTS = (
         7,
     ),
     Mutant(
+        "responses are decoded and encoded again",
+        ROLLOUT + "generate.py",
+        "    is_stop = torch.isin(response_tokens, stops) & response_mask\n",
+        "    is_stop = torch.isin(response_tokens, stops) & response_mask\n"
+        "    texts = tokenizer.batch_decode(response_tokens)\n"
+        "    rows = [(ids + [0] * max_new_tokens)[: response_mask.shape[1]] for ids in tokenizer(texts).input_ids]\n"
+        "    response_tokens = torch.tensor(rows)\n",
+        (PPO_TESTS + "test_the_sampled_ids_reach_the_loss_where_the_tokenizer_would_write_their_text_with_others",),
+        8,
+    ),
+    Mutant(
         "the mask ends before the end token",
         FUNCTIONAL + "masking.py",
         "    return stops_before == 0\n",
@@ -171,9 +184,25 @@ MUTANTS = (
     Mutant(
         "the value after the end is not 0",
         FUNCTIONAL + "advantages.py",
-        "    values = values.masked_fill(~response_mask, 0.0)\n",
+        "    values = values.masked_fill(~state_mask, 0.0)\n",
         "",
         ("tests/functional/test_advantages.py",),
+        13,
+    ),
+    Mutant(
+        "what was cut off is learned from although it is left out",
+        PPO,
+        'learn_from_cut_off=self.shaping.missing_eos != "mask"',
+        "learn_from_cut_off=True",
+        (PPO_TESTS + "test_responses_that_were_cut_off_can_be_left_out_of_the_loss",),
+        13,
+    ),
+    Mutant(
+        "the share of what was cut off stays in the mean",
+        PPO,
+        "mask.any(dim=1).sum()]",
+        "torch.tensor(len(mask))]",
+        (PPO_TESTS + "test_responses_that_were_cut_off_can_be_left_out_of_the_loss",),
         13,
     ),
     Mutant(
@@ -257,7 +286,15 @@ MUTANTS = (
         23,
     ),
     Mutant(
-        "the score comes twice",
+        "the score comes at two steps",
+        FUNCTIONAL + "rewards.py",
+        "    return rewards.scatter_add(1, last_index(states)",
+        "    rewards[:, 0] += scores\n    return rewards.scatter_add(1, last_index(states)",
+        ("tests/functional/test_rewards.py",),
+        23,
+    ),
+    Mutant(
+        "the score counts double",
         FUNCTIONAL + "rewards.py",
         "scores.unsqueeze(1).to(rewards.dtype))",
         "2 * scores.unsqueeze(1).to(rewards.dtype))",
@@ -315,7 +352,7 @@ MUTANTS = (
     Mutant(
         "advantages are carried over padding",
         FUNCTIONAL + "advantages.py",
-        "advantage = (delta + gamma * lam * advantage).masked_fill(~response_mask[:, t], 0.0)",
+        "advantage = (delta + gamma * lam * advantage).masked_fill(~state_mask[:, t], 0.0)",
         "advantage = delta + gamma * lam * advantage",
         ("tests/functional/test_advantages.py",),
         29,
@@ -323,8 +360,8 @@ MUTANTS = (
     Mutant(
         "whitened on each process by itself",
         ROLLOUT + "experience.py",
-        "moments = sum_over_ranks(masked_moments(raw[:, :-1], mask))",
-        "moments = masked_moments(raw[:, :-1], mask)",
+        "moments = sum_over_ranks(masked_moments(raw[:, :-1], learned_tokens))",
+        "moments = masked_moments(raw[:, :-1], learned_tokens)",
         ("tests/rollout/test_experience.py",),
         30,
     ),
@@ -339,10 +376,42 @@ MUTANTS = (
     Mutant(
         "mean over pads",
         FUNCTIONAL + "masking.py",
-        "return x.masked_fill(~mask, 0.0).sum() / mask.sum()",
-        "return x.masked_fill(~mask, 0.0).mean()",
-        ("tests/functional/test_masking.py",),
+        "    return x.masked_fill(~mask, 0.0).sum(dim=1)\n",
+        "    return x.sum(dim=1)\n",
+        ("tests/modules/test_ppo_reference.py",),
         46,
+    ),
+    Mutant(
+        "the mean counts pads",
+        PPO,
+        "own = [mask.sum(), minibatch.value_mask.sum(),",
+        "own = [torch.tensor(mask.numel()), minibatch.value_mask.sum(),",
+        (INVARIANCES + "test_padding_on_either_side",),
+        46,
+    ),
+    Mutant(
+        "the clip fraction is that of another range",
+        PPO,
+        "is_clipped(ratio, 1.0, clip_range=self.clip_range)",
+        "is_clipped(ratio, 1.0, clip_range=2 * self.clip_range)",
+        ("tests/modules/test_ppo_reference.py",),
+        36,
+    ),
+    Mutant(
+        "each process validates for itself",
+        PPO,
+        "self.log_dict(metrics, on_epoch=True, sync_dist=True,",
+        "self.log_dict(metrics, on_epoch=True, sync_dist=False,",
+        (INVARIANCES + "test_validation_by_one_process_or_two",),
+        37,
+    ),
+    Mutant(
+        "an error of preflight stops its own process only",
+        PPO,
+        "        if self.sum_over_ranks(errors):\n",
+        "        if errors:\n",
+        (PPO_TESTS + "test_an_error_that_preflight_finds_on_one_process_stops_both",),
+        45,
     ),
     Mutant(
         "a value reads the state after its token",
@@ -497,6 +566,22 @@ MUTANTS = (
         48,
     ),
     Mutant(
+        "a response is compared with nothing",
+        FUNCTIONAL + "advantages.py",
+        "    return (groups - others).flatten()\n",
+        "    return groups.flatten()\n",
+        (SHIFT,),
+        28,
+    ),
+    Mutant(
+        "no baseline",
+        FUNCTIONAL + "advantages.py",
+        "    return rewards - (total / count.clamp(min=1.0)).to(rewards)\n",
+        "    return rewards\n",
+        (SHIFT,),
+        28,
+    ),
+    Mutant(
         "a response is compared with itself, too",
         FUNCTIONAL + "advantages.py",
         "others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)",
@@ -555,15 +640,12 @@ MUTANTS = (
 )
 
 
-CONTROL = Mutant(
-    "nothing is broken",
-    PPO,
-    "",
-    "",
-    tuple(dict.fromkeys(test for mutant in MUTANTS for test in mutant.tests)),
-    0,
-)
-"""All of the tests on a copy as it is: where these fail, a mutant's failure says nothing."""
+CONTROL = "nothing is broken"
+
+
+def control_of(mutants: list[Mutant]) -> Mutant:
+    """Return all of their tests on a copy as it is: where these fail, a mutant's failure says nothing."""
+    return Mutant(CONTROL, PPO, "", "", tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests)), 0)
 
 
 class Attempt:
@@ -580,8 +662,8 @@ class Attempt:
         shutil.copy(ROOT / "pyproject.toml", copy)
         file = copy / mutant.file
         source = file.read_text("utf-8")
-        assert mutant is CONTROL or source.count(mutant.old) == 1, mutant.name
-        if mutant is not CONTROL:
+        if mutant.name != CONTROL:
+            assert source.count(mutant.old) == 1, mutant.name
             file.write_text(source.replace(mutant.old, mutant.new), "utf-8")
         self.child = os.fork()
         if self.child == 0:
@@ -645,7 +727,7 @@ def table(mutants: list[Mutant], found: dict[str, str]) -> str:
 def main() -> None:
     """Run the mutants that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", nargs="?", default="", help="only mutants whose name holds this")
+    parser.add_argument("names", nargs="*", default=[""], help="only mutants whose name holds one of these")
     parser.add_argument("--jobs", type=int, default=2)
     wanted = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
@@ -656,9 +738,9 @@ def main() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     assert not any(name.startswith("rlhf_lightning") for name in sys.modules)
-    mutants = [mutant for mutant in MUTANTS if wanted.name in mutant.name]
-    found = results_of([CONTROL, *mutants], wanted.jobs)
-    if found.pop(CONTROL.name) != "survived":
+    mutants = [mutant for mutant in MUTANTS if any(name in mutant.name for name in wanted.names)]
+    found = results_of([control_of(mutants), *mutants], wanted.jobs)
+    if found.pop(CONTROL) != "survived":
         sys.exit("the tests fail on a copy in which nothing is broken: no mutant says anything")
     print(table(mutants, found))
     killed = sum(result == "killed" for result in found.values())

@@ -20,15 +20,8 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "gae": {"advantage": "gae", "ppo_epochs": 1, "prompts": 384},
     "rloo": {"advantage": "rloo", "ppo_epochs": 1, "prompts": 96, "samples_per_prompt": 4},
     "reinforce": {"advantage": "reinforce", "ppo_epochs": 1, "prompts": 384},
-    # Four updates a rollout, and so a quarter of the step: Adam moves by the learning rate whatever the gradient is.
-    "gae, clipped": {
-        "advantage": "gae",
-        "ppo_epochs": 2,
-        "minibatch_size": 192,
-        "learning_rate": 0.05,
-        "critic_learning_rate": 0.05,
-        "prompts": 384,
-    },
+    # Adam's first step moves a logit by the learning rate, as far as the clip range: the three after it are clipped.
+    "gae, clipped": {"advantage": "gae", "ppo_epochs": 2, "minibatch_size": 192, "prompts": 384},
     # Without the unit of whitened advantages, in which a penalty of the loss would have another price.
     "loss_k1": {"advantage": "reinforce", "kl_penalty": "loss_k1", "ppo_epochs": 1, "prompts": 384},
 }
@@ -80,7 +73,7 @@ def test_the_policy_becomes_the_best_one(
     after = space.logprobs()
     objective = (after.exp() * rewards).sum(dim=1) - beta * kl(after, before)
     clipped = logged["ppo/clip_fraction"]
-    assert (sum(clipped[:20]) / 20 > 0.01) == (estimator == "gae, clipped")
+    assert (sum(clipped) / len(clipped) > 0.01) == (estimator == "gae, clipped")
     assert kl(before, best).min() > 0.1
     assert kl(after, best).max() < 0.01
     assert (objective / (beta * log_z)).tolist() == pytest.approx([1.0, 1.0], abs=0.01)
