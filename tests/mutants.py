@@ -272,7 +272,7 @@ MUTANTS = (
     Mutant(
         "the reward model finds the last token by the pad id of its config",
         ROLLOUT + "reward.py",
-        "        network.config.get_text_config().pad_token_id = padding\n",
+        "    config.pad_token_id = padding\n",
         "",
         ("tests/rollout/test_reward.py",),
         22,
@@ -408,8 +408,8 @@ MUTANTS = (
     Mutant(
         "an error of preflight stops its own process only",
         PPO,
-        "        if self.sum_over_ranks(errors):\n",
-        "        if errors:\n",
+        "        if any(errors):\n",
+        "        if errors[self.global_rank]:\n",
         (PPO_TESTS + "test_an_error_that_preflight_finds_on_one_process_stops_both",),
         45,
     ),

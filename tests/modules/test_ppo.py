@@ -1253,4 +1253,4 @@ def test_an_error_that_preflight_finds_on_one_process_stops_both(
         trainer(max_steps=1, strategy="ddp_fork", devices=2).fit(module, make_loader([prompts]))
     healthy, astray = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
     assert "KL to the reference" in astray
-    assert "on another process" in healthy
+    assert "on rank 1: KL to the reference" in healthy
