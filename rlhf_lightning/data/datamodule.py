@@ -226,10 +226,21 @@ class TextDataModule(LightningDataModule, Generic[Item]):
         rows = self.read(self.path, split=self.split, setting="data.path")
         if self.val_path is not None:
             return rows, self.read(self.val_path, split=self.val_split or self.split, setting="data.val_path")
+        self._check_val_split()
         val_split = self.val_split or self._validation_file()
         if val_split is not None:
             return rows, self.read(self.path, split=val_split, setting="data.path")
         return split_by_group(rows, self.val_fraction, seed=self.seed, group=self.group)
+
+    def _check_val_split(self) -> None:
+        """Raise `InputError` where a file or rows are to be read again as another split: they have only one."""
+        one = not isinstance(self.path, str | Path) or Path(self.path).expanduser().is_file()
+        if self.val_split is not None and one:
+            what = self.path if isinstance(self.path, str | Path) else "rows"
+            raise InputError(
+                f"data.val_split={self.val_split} names a file in a folder or a split on the hub, and data.path={what} "
+                "is neither: pass data.val_path, or data.val_fraction to hold rows out"
+            )
 
     def _validation_file(self) -> str | None:
         """Return the split ``validation`` where the path is a folder that holds one."""

@@ -11,7 +11,7 @@ from rlhf_lightning.evaluation.policies import answer, with_responses
 from rlhf_lightning.evaluation.reward_card import RewardCard, reward_card
 from rlhf_lightning.functional.losses import ranked_pairs
 from rlhf_lightning.modules import RewardModule
-from rlhf_lightning.networks import NetworkConfig, load_policy, load_tokenizer, max_positions
+from rlhf_lightning.networks import NetworkConfig, load_policy, load_reward_model, load_tokenizer, max_positions
 from rlhf_lightning.rollout.reward import Reward, load_reward
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, RewardFunction
 
@@ -76,8 +76,8 @@ def gather_answers(
 
 
 def load_reward_module(model: str | Path | NetworkConfig) -> RewardModule:
-    """Return a trained reward model as the module that scores sequences."""
-    module = RewardModule(model)
+    """Return a trained reward model as the module that scores sequences; raises `InputError` where it is none."""
+    module = RewardModule(load_reward_model(model, trained=True), tokenizer=load_tokenizer(model))
     module.eval()
     return module
 

@@ -88,6 +88,12 @@ def load_policy(model: Model) -> "PreTrainedModel":
             f"network.pretrained={network.pretrained!r} cannot be loaded as AutoModelForCausalLM: its weights "
             f"{sorted(loading['missing_keys'])} are missing, as in a reward model"
         )
+    if any(name.endswith("ForSequenceClassification") for name in policy.config.architectures or ()):
+        # With tied embeddings no weight is missing.
+        raise InputError(
+            f"network.pretrained={network.pretrained!r} is a reward model ({policy.config.architectures[0]}), not a "
+            "language model: its states were trained to be scored"
+        )
     _fit_vocabulary(policy, load_tokenizer(model), network)
     _adapt(policy, network, adapter)
     if adapter is not None:

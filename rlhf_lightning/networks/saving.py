@@ -32,9 +32,10 @@ def save_pretrained(
     "merged" writes a folder that `transformers` alone loads: adapters are added to the weights, and quantised weights
     written as plain ones. "adapter" writes the adapter, with the scalar head of a reward model, as a `peft` folder.
     ``state`` are the weights where the network itself does not hold all of them. Raises `InputError` for "adapter"
-    where the network has none.
+    where the network has none, and where a weight is not finite.
     """
     network: Any = model
+    _check_finite(network, state)
     network.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if network.can_generate():
         network.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -68,3 +69,13 @@ def plain_network(network: Any) -> Any:
     if network.can_generate():
         plain.generation_config = network.generation_config
     return plain
+
+
+def _check_finite(network: nn.Module, state: dict[str, Any] | None) -> None:
+    weights = network.named_parameters() if state is None else state.items()
+    for name, weight in weights:
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise InputError(
+                f"the network is not written: its weight {name} is not finite, the training went astray (a lower "
+                "learning rate, a smaller max_grad_norm?)"
+            )

@@ -77,7 +77,7 @@ class FunctionReward(Reward):
         name = _name(self.function)
         try:
             scores = list(self.function(rollout.prompts, rollout.responses, **rollout.columns))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"reward function {name} raised {_where(error)}") from error
         if len(scores) != len(rollout.responses):
             raise InputError(
@@ -425,7 +425,8 @@ def _finite(score: Any, name: str, row: int) -> float:
         value = float(score)
     except (TypeError, ValueError):
         raise InputError(f"reward function {name} must return numbers; the score of row {row} is {score!r}") from None
-    if not math.isfinite(value):
+    # Scores are kept in float32.
+    if not abs(value) <= torch.finfo(torch.float32).max:
         raise InputError(f"reward function {name} must return finite scores; the score of row {row} is {value}")
     return value
 
@@ -434,6 +435,6 @@ def _name(function: Any) -> str:
     return str(function.__qualname__) if isinstance(function, type(_name)) else repr(function)
 
 
-def _where(error: Exception) -> str:
+def _where(error: BaseException) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} (at {Path(frame.filename).name}:{frame.lineno})"

@@ -17,6 +17,7 @@ from rlhf_lightning.data import SFTDataModule
 from rlhf_lightning.data.datamodule import split_by_group
 from rlhf_lightning.data.reading import Row
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.jsonl import write_rows
 from rlhf_lightning.types import SFTBatch
 
 # Lightning 2.6 under torch 2.15 uses what torch deprecates.
@@ -348,3 +349,12 @@ def test_no_group_of_real_preferences_is_on_both_sides(
     data.setup("fit")
     assert {row.fields["group"] for row in data.train_rows} & {row.fields["group"] for row in data.val_rows} == set()
     assert len(data.train_rows) + len(data.val_rows) == 1094
+
+
+def test_one_file_has_no_other_split_to_validate_on(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": "a", "response": "b"}] * 4
+    write_rows(tmp_path / "rows.jsonl", rows)
+    for path in (tmp_path / "rows.jsonl", rows):
+        data = SFTDataModule(path, val_split="validation", tokenizer=tokenizer)
+        with pytest.raises(InputError, match=r"data\.val_split=validation names a file in a folder"):
+            data.setup("fit")

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from rlhf_lightning.data import PPODataModule, RewardDataModule
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.evaluation.evidence import gather_answers, load_reward_module, measure_reward
+from rlhf_lightning.networks import load_reward_model, load_tokenizer, save_pretrained
 from rlhf_lightning.types import PromptBatch
 
 ROWS = [{"prompt": f"Say {'a' * i}.", "response": f"{'a' * i}"} for i in range(1, 6)]
@@ -60,7 +62,18 @@ def test_the_judge_scores_all_that_was_said(tiny_model: Path) -> None:
     assert "judge_scores" not in gather(tiny_model, ROWS)
 
 
-def test_prompts_leave_room_for_the_response(tiny_model: Path) -> None:
+@pytest.fixture
+def tiny_reward_model(tiny_model: Path, tmp_path: Path) -> Path:
+    save_pretrained(load_reward_model(tiny_model), load_tokenizer(tiny_model), tmp_path / "reward")
+    return tmp_path / "reward"
+
+
+def test_a_language_model_is_not_measured_as_a_reward_model(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="is no reward model"):
+        load_reward_module(tiny_model)
+
+
+def test_prompts_leave_room_for_the_response(tiny_model: Path, tiny_reward_model: Path) -> None:
     seen: list[int | None] = []
     gather_answers(
         {"sft": str(tiny_model)},
@@ -71,13 +84,13 @@ def test_prompts_leave_room_for_the_response(tiny_model: Path) -> None:
         temperature=1.0,
         seed=0,
     )
-    positions = load_reward_module(tiny_model).max_positions
+    positions = load_reward_module(tiny_reward_model).max_positions
     assert positions is not None
     assert seen == [positions - 4]
 
 
-def test_the_card_counts_the_pairs_that_the_reward_model_orders_rightly(tiny_model: Path) -> None:
-    module = load_reward_module(tiny_model)
+def test_the_card_counts_the_pairs_that_the_reward_model_orders_rightly(tiny_reward_model: Path) -> None:
+    module = load_reward_module(tiny_reward_model)
     assert not module.training
     rows = [{"prompt": "Say.", "responses": ["a", "bb", "ccc"]}, {"prompt": "Tell.", "chosen": "d", "rejected": "ee"}]
     data = RewardDataModule(rows, val_path=rows, batch_size=1, tokenizer=module.tokenizer)
@@ -102,8 +115,8 @@ def test_the_card_counts_the_pairs_that_the_reward_model_orders_rightly(tiny_mod
     assert card.best_score_std == pytest.approx(abs(best[0] - best[1]) / 2, abs=1e-6)
 
 
-def test_lengths_are_those_of_the_responses_alone(tiny_model: Path) -> None:
-    module = load_reward_module(tiny_model)
+def test_lengths_are_those_of_the_responses_alone(tiny_reward_model: Path) -> None:
+    module = load_reward_module(tiny_reward_model)
     rows = [
         {"prompt": "A much longer prompt.", "chosen": "a", "rejected": "bb"},
         {"prompt": "Tell.", "responses": ["cccc", "dddd"]},

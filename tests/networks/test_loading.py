@@ -200,5 +200,14 @@ def test_a_reward_model_is_refused_as_a_policy(reward_folder: Path) -> None:
         load_policy(reward_folder)
 
 
+def test_a_reward_model_with_tied_embeddings_is_refused_as_a_policy(
+    tmp_path: Path, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    classifier(tie_word_embeddings=True).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is a reward model"):
+        load_policy(tmp_path)
+
+
 def test_a_tokenizer_is_that_of_the_folder(folder: Path) -> None:
     assert load_tokenizer(folder)("ab").input_ids == AutoTokenizer.from_pretrained(folder)("ab").input_ids

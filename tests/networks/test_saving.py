@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks import NetworkConfig, load_policy, load_tokenizer, save_pretrained
 
 TOKENS = torch.tensor([[5, 9, 7, 30, 2], [8, 4, 0, 0, 0]])
@@ -56,3 +57,15 @@ def test_a_network_with_added_tokens_is_saved_whole_and_stops_at_its_end_token(
     assert (saved_tokenizer.pad_token, saved_tokenizer.eos_token) == ("[PAD]", "[END]")
     eos = GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id
     assert tokenizer.eos_token_id in (eos if isinstance(eos, list) else [eos])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_written(
+    value: float, tmp_path: Path, policy: Callable[..., Any], tokenizer: Any
+) -> None:
+    network = policy()
+    with torch.no_grad():
+        network.model.norm.weight[0] = value
+    with pytest.raises(InputError, match=r"its weight model\.norm\.weight is not finite"):
+        save_pretrained(network, tokenizer, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -67,6 +67,7 @@ def test_scores_may_be_any_numbers_in_any_sequence(sequences: Rollout, scores: A
         ([1.0, 2.0, 3.0, 4.0], "3 responses, 4 scores"),
         ([1.0, float("nan"), 3.0], "finite scores; the score of row 1 is nan"),
         ([1.0, 2.0, float("-inf")], "finite scores; the score of row 2 is -inf"),
+        ([1e39, 2.0, 3.0], "finite scores; the score of row 0 is 1e\\+39"),
         (["high", 2.0, 3.0], "must return numbers; the score of row 0 is 'high'"),
         ([1.0, 2.0, None], "must return numbers; the score of row 2 is None"),
     ],
@@ -80,6 +81,14 @@ def test_scores_that_cannot_be_used_name_function_rule_and_value(
     with pytest.raises(InputError, match=message) as error:
         FunctionReward(short_and_sweet)(sequences)
     assert "short_and_sweet" in str(error.value)
+
+
+def test_a_function_that_would_end_the_program_is_an_input_error(sequences: Rollout) -> None:
+    def leave(prompts: list[str], responses: list[str]) -> list[float]:
+        raise SystemExit(0)
+
+    with pytest.raises(InputError, match="leave raised SystemExit: 0"):
+        FunctionReward(leave)(sequences)
 
 
 def test_an_exception_of_the_function_names_function_error_and_line(sequences: Rollout) -> None:
