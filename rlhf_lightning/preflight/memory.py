@@ -30,6 +30,11 @@ class RoleMemory:
     there: int
     """Of the weights: on the device already."""
 
+    def __str__(self) -> str:
+        """Return what each part needs."""
+        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        return ", ".join(f"{part} {_size(size)}" for part, size in parts.items())
+
 
 def role_memory(network: nn.Module, device: torch.device) -> RoleMemory:
     """Return what a network needs on this process under AdamW; a frozen weight has neither gradient nor state."""
@@ -56,6 +61,14 @@ def update_bytes(network: nn.Module, *, sequences: int, length: int, logits: int
     # The logits, and in float32 their scaled copy, its softmax and the gradient.
     per_logit = bytes_each + 3 * 4
     return sequences * (networks * length * per_token + logits * text.vocab_size * per_logit)
+
+
+def score_bytes(network: nn.Module, *, sequences: int, length: int, logits: int) -> int:
+    """Return roughly what a forward alone holds: one layer at a time, then the logits with two copies in float32."""
+    config: Any = network.config
+    text, bytes_each = config.get_text_config(), next(network.parameters()).element_size()
+    layer = length * ACTIVATION_BYTES * bytes_each // 2 * text.hidden_size
+    return sequences * max(layer, logits * text.vocab_size * (bytes_each + 2 * 4))
 
 
 def cache_bytes(network: nn.Module, *, sequences: int, length: int) -> int:
@@ -92,8 +105,9 @@ def check_memory(
     name = "memory"
     lasting = sum(role.weights - role.there + role.gradients + role.optimizer for role in roles.values())
     phase, most = max(work.items(), key=lambda item: item[1], default=("", 0))
-    parts = [f"{role} {_size(need.weights + need.gradients + need.optimizer)}" for role, need in roles.items()]
-    working = f"{phase} about {_size(most)}" if work else f"work not known, the config has no {', '.join(lacking)}"
+    parts = [f"{role} {_size(need.weights + need.gradients + need.optimizer)} ({need})" for role, need in roles.items()]
+    phases = ", ".join(f"{what} about {_size(size)}" for what, size in work.items())
+    working = phases if work else f"work not known, the config has no {', '.join(lacking)}"
     measured = f"estimate: {', '.join(parts)}; {working}; still needed {_size(lasting + most)}"
     if free is None:
         return Finding(name, "note", f"{measured}; how much is free is not known on this device")
@@ -104,6 +118,13 @@ def check_memory(
     if lasting > free:
         return Finding(name, "error", f"{measured}: weights, gradients and optimizer do not fit", smaller)
     return Finding(name, "warning", f"{measured}: {phase} may not fit", f"smaller batches of {phase}; {smaller}")
+
+
+def by_role_and_phase(roles: Mapping[str, RoleMemory], work: Mapping[str, int]) -> list[str]:
+    """Return a line for each role, and one for what each phase needs beside them."""
+    return [f"{role}: {need}" for role, need in roles.items()] + [
+        f"{phase}: about {_size(size)} beside them" for phase, size in work.items()
+    ]
 
 
 def _size(size: int) -> str:
