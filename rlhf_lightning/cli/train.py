@@ -26,6 +26,7 @@ ROOT_KEYS = [
     "data_root",
     "output_dir",
     "ckpt_path",
+    "replay",
     "module",
     "data",
     "network",
@@ -48,6 +49,11 @@ def run(config: DictConfig) -> float | None:
 
     quieten_libraries()
     seed_everything(settings["seed"], workers=True, verbose=False)
+    if settings["replay"] is not None:
+        from rlhf_lightning.cli.replay import replay
+
+        replay(settings, ckpt_path)
+        return None
     # The Trainer first: a strategy that is not there is said before networks are loaded.
     trainer = build_trainer(settings)
     module: LightningModule = build("module", settings["module"])

@@ -36,7 +36,7 @@ def k1_weighted(
     return to_go * logprobs
 
 
-def adapted_beta(beta: float, kl: float, *, target: float, horizon: float, episodes: int) -> float:
+def adapted_beta(beta: float, kl: float, *, target: float, horizon: float, episodes: float) -> float:
     """Return beta * (1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon) (Ziegler et al. 2019, sec. 2.2).
 
     More episodes than the horizon count as the horizon: beta moves by at most a fifth, and keeps its sign. ``kl`` and

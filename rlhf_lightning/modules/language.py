@@ -11,13 +11,17 @@ from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, distributed, nn
+from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from rlhf_lightning.callbacks import ExactResume
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.functional.dtensors import whole
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
+from rlhf_lightning.modules import replay
+from rlhf_lightning.modules.finite import BadUpdates
 from rlhf_lightning.modules.hardware import OptimizerName, check_hardware
 from rlhf_lightning.modules.sharding import check_mesh, gathered_state
 from rlhf_lightning.networks import (
@@ -50,9 +54,16 @@ class LanguageModule(LightningModule):
     never_changed: ClassVar[tuple[str, ...]] = ()
     """Beginnings of the names of networks that training never changes: they come from their folders."""
 
-    def __init__(self, model: Model, tokenizer: "PreTrainedTokenizerBase | None") -> None:
+    stage: ClassVar[str]
+    """What its metrics and files begin with."""
+
+    update_is_made_from: ClassVar[type[Record]]
+    """The record that an update is made from, and that one that is not finite is kept as."""
+
+    def __init__(self, model: Model, tokenizer: "PreTrainedTokenizerBase | None", *, max_bad_updates: int) -> None:
         """Take the folder's tokenizer unless one is given; a bare network may get it from the DataModule."""
         super().__init__()
+        self.bad_updates = BadUpdates(max_bad_updates)
         if isinstance(model, NetworkConfig) and model.quantization != "none" and model.lora is None:
             raise InputError(
                 f"network.quantization={model.quantization} needs network.lora (network=lora): quantised weights "
@@ -95,6 +106,49 @@ class LanguageModule(LightningModule):
             mesh = check_mesh(self.device_mesh)
             for network in networks:
                 shard(network, mesh)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Note the batch for the next update, which may be made from several."""
+        self.bad_updates.records.append(batch)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Note the loss for the next update."""
+        self.bad_updates.losses.append(loss.detach())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the step do nothing where a loss or the gradient, which was unscaled, is not finite on any process."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms = [whole(get_total_norm(gradients))]
+        self.bad_updates.judge(self, optimizer, norms, update=self.trainer.global_step)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Move the schedule on, except after an update that was skipped."""
+        if not self.bad_updates.last_was_skipped:
+            super().lr_scheduler_step(scheduler, metric)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add how many updates were skipped."""
+        checkpoint["bad_updates"] = self.bad_updates.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from what `on_save_checkpoint` added."""
+        self.bad_updates.load_state_dict(checkpoint["bad_updates"])
+
+    def replay(self, file: str | Path) -> list[str]:
+        """Repeat an update from the file that it left behind when it was skipped; return what is not finite, by lines.
+
+        Nothing is changed but gradients. The Trainer must have started to train. Raises `InputError` where the file is
+        not one of this stage.
+        """
+        return replay.replay(self, file)
+
+    def repeat_update(self, records: list[Any]) -> None:
+        """Find loss and gradient of an update that is made from these records; the losses are in ``bad_updates``."""
+        for record in records:
+            loss = self.training_step(record, 0)
+            assert isinstance(loss, Tensor)
+            self.on_before_backward(loss)
+            loss.backward()
 
     def save_pretrained(self, folder: str | Path, *, export: Export = "merged") -> None:
         """Write the folder that the next stage can load: whole for `transformers` alone, or the adapter for `peft`.

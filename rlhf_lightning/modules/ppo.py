@@ -1,6 +1,7 @@
 """PPO on the reward minus the KL penalty: one `training_step` is one rollout and its updates."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -91,6 +92,8 @@ class PPOModule(LanguageModule):
     """
 
     never_changed = ("reference.", "reward.")
+    stage = "ppo"
+    update_is_made_from = Experience
 
     def __init__(
         self,
@@ -135,6 +138,7 @@ class PPOModule(LanguageModule):
         max_grad_norm: float = 1.0,
         ema_decay: float | None = None,
         optimizer: OptimizerName = "adamw",
+        max_bad_updates: int = 3,
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -149,7 +153,7 @@ class PPOModule(LanguageModule):
         contradict each other, before anything is loaded.
         """
         check_settings(locals())
-        super().__init__(model, tokenizer)
+        super().__init__(model, tokenizer, max_bad_updates=max_bad_updates)
         self.automatic_optimization = False
         self.policy = load_policy(model).eval()
         self.lora = model.lora if isinstance(model, NetworkConfig) else None
@@ -201,6 +205,7 @@ class PPOModule(LanguageModule):
         # What changes from rollout to rollout beside weights; `on_save_checkpoint` lists it.
         self.beta = beta
         self.updates = 0
+        self._share_made = 1.0
         self.seen_scores = RunningMoments()
         self.seen_rewards = RunningMoments()
         self.ptx_batches: BatchStream | None = None
@@ -374,15 +379,21 @@ class PPOModule(LanguageModule):
         generator = seeded_generator(self.seed, rollouts_done)
         planned = self._updates_per_rollout(len(experience))
         steps: list[dict[str, Tensor]] = []
+        made: list[dict[str, Tensor]] = []
         for minibatch in self._minibatches(experience, generator):
-            self._set_learning_rates(rollouts_done * planned + len(steps), planned)
+            done = rollouts_done * planned + len(steps) - self.bad_updates.skipped
+            self._set_learning_rates(done, planned)
+            self.bad_updates.records = [minibatch]
             metrics = self._accumulate_gradients(minibatch)
             last = len(steps) + 1 == planned or self._moved_too_far(metrics["approx_kl"])
             steps.append(metrics | self._optimizer_step(last=last))
+            self.updates += 1
+            if not self.bad_updates.last_was_skipped:
+                made.append(steps[-1])
             if last:
                 break
-        self.updates += len(steps)
-        means = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
+        self._share_made = len(made) / len(steps)
+        means = {name: torch.stack([step[name] for step in made or steps]).mean() for name in steps[0]}
         state = {"learning_rate": self._learning_rate, "updates": self.updates, "beta": self.beta}
         return means | {name: torch.tensor(float(value), dtype=torch.float32) for name, value in state.items()}
 
@@ -444,13 +455,24 @@ class PPOModule(LanguageModule):
         return adamw(groups, optimizer=self.optimizer, whole=whole, eps=1e-5, weight_decay=0.0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradients of policy and critic, each by its own norm, after they were unscaled."""
+        """Clip the unscaled gradients of policy and critic, each by its own norm; skip a step that is not finite."""
         # Of sharded gradients the norm is known in parts, too.
         norms = [whole(clip_grad_norm_(group["params"], self.max_grad_norm)) for group in optimizer.param_groups]
         self._grad_norms = dict(zip(("policy_grad_norm", "critic_grad_norm"), norms, strict=False))
+        self.bad_updates.judge(self, optimizer, norms, update=self.updates)
+
+    def repeat_update(self, records: list[Any]) -> None:
+        """Find losses and gradient of an update from a minibatch, and the pretraining texts beside it if any."""
+        minibatch, *texts = records
+        if texts and self.ptx_batches is None:
+            raise InputError("the update had pretraining texts beside it, and ptx_data is None (null)")
+        if texts and self.ptx_batches is not None:
+            self.ptx_batches.put_back(texts[0])
+        self._accumulate_gradients(minibatch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what changes from rollout to rollout beside weights, as plain numbers that are equal on all ranks."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["ppo"] = {
             "beta": self.beta,
             "updates": self.updates,
@@ -461,6 +483,7 @@ class PPOModule(LanguageModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from what `on_save_checkpoint` added."""
+        super().on_load_checkpoint(checkpoint)
         state = checkpoint["ppo"]
         self.beta, self.updates, self.ptx_drawn = state["beta"], state["updates"], state["ptx_drawn"]
         self.seen_scores = RunningMoments(**state["seen_scores"])
@@ -565,6 +588,7 @@ class PPOModule(LanguageModule):
     def _add_ptx_gradients(self, batches: BatchStream) -> dict[str, Tensor]:
         """Add ptx_coef times the gradient of the next-token loss (Ouyang et al. 2022, eq. 2); return that loss."""
         batch = next(batches).to(self.device)
+        self.bad_updates.records.append(batch)
         self.ptx_drawn = batches.drawn
         tokens = self.sum_over_ranks(batch.loss_mask.sum().float())
         losses: list[Tensor] = []
@@ -603,19 +627,20 @@ class PPOModule(LanguageModule):
         return self.target_kl is not None and float(approx_kl) > self.target_kl
 
     def _adapt_beta(self, kl: Tensor, responses: int) -> None:
-        if self.adaptive_kl_target is not None:
+        """Steer beta; of a rollout some of whose updates were skipped, by a share of its responses."""
+        if self.adaptive_kl_target is not None and self._share_made and math.isfinite(kl):
             self.beta = adapted_beta(
                 self.beta,
                 float(kl),
                 target=self.adaptive_kl_target,
                 horizon=self.adaptive_kl_horizon,
-                episodes=responses * self.trainer.world_size,
+                episodes=responses * self.trainer.world_size * self._share_made,
             )
 
     @torch.no_grad()
     def _move_average(self) -> None:
         """Move the averaged weights: ema <- d ema + (1 - d) policy, once a rollout (Ouyang et al. 2022, C.4)."""
-        if self.ema is None or self.ema_decay is None:
+        if self.ema is None or self.ema_decay is None or not self._share_made:
             return
         for average, weight in zip(self.ema.parameters(), self.policy.parameters(), strict=True):
             if weight.requires_grad:

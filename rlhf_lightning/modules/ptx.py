@@ -1,7 +1,7 @@
 """The stream of pretraining batches beside PPO's rollouts (Ouyang et al. 2022, appendix C.4)."""
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from lightning import LightningDataModule, Trainer
@@ -33,6 +33,11 @@ class BatchStream:
         self.drawn += 1
         self._next = self.drawn
         return next(self._batches)
+
+    def put_back(self, batch: SFTBatch) -> None:
+        """Return this batch the next time, in place of the one that is due."""
+        self._batches = chain((batch,), self._from(self.drawn + 1))
+        self._next = self.drawn
 
     def _from(self, drawn: int) -> Iterator[SFTBatch]:
         epoch, position = divmod(drawn, len(self.loader))

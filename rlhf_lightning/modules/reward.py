@@ -46,6 +46,9 @@ class RewardModule(LanguageModule):
     part of the weights.
     """
 
+    stage = "reward"
+    update_is_made_from = ComparisonBatch
+
     def __init__(
         self,
         model: Model,
@@ -62,6 +65,7 @@ class RewardModule(LanguageModule):
         margin_coef: float = 0.0,
         lm_coef: float = 0.0,
         share_prompts: bool = False,
+        max_bad_updates: int = 3,
         seed: int = 0,
     ) -> None:
         """Load the network; a language model gets a new scalar head, drawn with ``seed`` as `init_scalar_head` says.
@@ -74,7 +78,7 @@ class RewardModule(LanguageModule):
         must be a decoder with a scalar head on its last state whose attention takes a mask of its own; that is looked
         at on the first batch.
         """
-        super().__init__(model, tokenizer)
+        super().__init__(model, tokenizer, max_bad_updates=max_bad_updates)
         check_optimization(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -157,6 +161,7 @@ class RewardModule(LanguageModule):
 
     def on_train_batch_start(self, batch: ComparisonBatch, batch_idx: int) -> None:
         """Look once whether sharing prompts changes scores."""
+        super().on_train_batch_start(batch, batch_idx)
         if self.share_prompts and not self._sharing_is_checked:
             self._check_sharing(batch)
             self._sharing_is_checked = True

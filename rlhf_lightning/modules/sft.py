@@ -31,6 +31,9 @@ class SFTModule(LanguageModule):
     loss is their mean over all processes.
     """
 
+    stage = "sft"
+    update_is_made_from = SFTBatch
+
     def __init__(
         self,
         model: Model,
@@ -43,6 +46,7 @@ class SFTModule(LanguageModule):
         warmup_steps: int = 0,
         optimizer: OptimizerName = "adamw",
         dropout: float | None = None,
+        max_bad_updates: int = 3,
     ) -> None:
         """Load the language model; ``dropout`` replaces that of all of its dropout layers.
 
@@ -58,7 +62,7 @@ class SFTModule(LanguageModule):
         )
         if dropout is not None and not 0 <= dropout < 1:
             raise InputError(f"dropout={dropout} must lie in [0, 1), or be None for the network's own")
-        super().__init__(model, tokenizer)
+        super().__init__(model, tokenizer, max_bad_updates=max_bad_updates)
         # from_pretrained returns a network in evaluation mode, which Lightning keeps: its dropout would stay off.
         self.policy = load_policy(model).train()
         if dropout is not None:

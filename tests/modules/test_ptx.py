@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Callback
 from torch import Tensor
 
 from rlhf_lightning.data import SFTDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import PPOModule
+from rlhf_lightning.modules.batch_file import read_records
 from rlhf_lightning.modules.ptx import BatchStream
 from rlhf_lightning.types import Experience, PromptBatch, SFTBatch
 
@@ -258,3 +260,35 @@ def test_two_processes_learn_the_mean_over_the_tokens_of_both(
         for name, gradient in rank["gradient"].items():
             expected = 2.0 * sum(s * texts[name] for s, (_, texts) in zip(shares, alone, strict=True))
             torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_batch_that_is_put_back_comes_in_place_of_the_next(stream: Callable[..., BatchStream]) -> None:
+    ahead = stream()
+    _, second, _, other = (next(ahead) for _ in range(4))
+    texts = stream()
+    texts.put_back(other)
+    assert next(texts) is other
+    assert tokens_of(next(texts)) == tokens_of(second)
+
+
+def test_the_texts_of_an_update_that_is_not_finite_are_kept_and_replayed_with_it(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any], tmp_path: Path
+) -> None:
+    module = make(0.5)
+    hook = next(module.policy.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+    fit(module, [prompts], max_epochs=1)
+    hook.remove()
+    (file,) = (tmp_path / "bad_updates").iterdir()
+    _, texts = read_records(file)[0]
+    assert isinstance(texts, SFTBatch)
+    lines: list[str] = []
+
+    class Replay(Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            # Elsewhere in the stream: the texts are those of the file.
+            module.ptx_batches.drawn = 2
+            lines.extend(module.replay(file))
+
+    fit(module, [prompts], max_epochs=1, callbacks=[Replay()])
+    loss, _ = language_gradient(make(0.5).policy, texts)
+    assert lines[1].startswith(f"loss: {0.5 * loss:.6g}, ")
