@@ -1,5 +1,6 @@
 """`rlhf train ... replay=FILE`: an update that was skipped, once more, to see where it stops being finite."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ def replay(settings: Config, ckpt_path: str | None) -> None:
     trainer: Trainer = build("trainer", settings["trainer"] | quiet, callbacks=[_Replay(file)])
     module: LightningModule = build("module", settings["module"])
     data = build("data", settings["data"])
+    # The callbacks of the run are left out on purpose.
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
     try:
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except _Replayed as found:
