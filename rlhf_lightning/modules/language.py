@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
@@ -35,6 +36,8 @@ from rlhf_lightning.networks import (
     save_pretrained,
 )
 from rlhf_lightning.networks.sharding import shard
+from rlhf_lightning.preflight.out_of_memory import naming_phase
+from rlhf_lightning.preflight.stages import supervised_memory
 from rlhf_lightning.types import Record, SFTBatch
 
 if TYPE_CHECKING:
@@ -120,6 +123,25 @@ class LanguageModule(LightningModule):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms = [whole(get_total_norm(gradients))]
         self.bad_updates.judge(self, optimizer, norms, update=self.trainer.global_step)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take a step, which under automatic optimisation contains forward and backward of its last batch."""
+        with self.updating():
+            super().optimizer_step(*args, **kwargs)
+
+    def updating(self) -> AbstractContextManager[None]:
+        """Return the block of an update from the newest batch, which says so if it runs out of memory."""
+        run: Any = self
+        return naming_phase(
+            "updating",
+            lambda: supervised_memory(run, run.bad_updates.records[-1]),
+            helps="a smaller data.batch_size with a larger trainer.accumulate_grad_batches",
+        )
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Find the gradient; of the batches of an accumulated step that is not within the step."""
+        with self.updating() if self.automatic_optimization else nullcontext():
+            super().backward(loss, *args, **kwargs)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Move the schedule on, except after an update that was skipped."""

@@ -48,6 +48,8 @@ from rlhf_lightning.networks.lora import train_adapter
 from rlhf_lightning.networks.roles import frozen, have_one_backbone, on_the_same_backbone, reference_of
 from rlhf_lightning.networks.sharding import set_gradient_sync
 from rlhf_lightning.preflight import check_ppo, check_ppo_strategy, of_all_processes, of_status, refusal
+from rlhf_lightning.preflight.out_of_memory import naming_phase
+from rlhf_lightning.preflight.stages import ppo_memory
 from rlhf_lightning.rollout.experience import (
     AdvantageSettings,
     Baseline,
@@ -300,7 +302,8 @@ class PPOModule(LanguageModule):
             metrics |= critic_metrics(experience, sum_over_ranks=self.sum_over_ranks)
         if self.shaping.missing_eos != "subtract" and metrics["missing_eos"] == 1:
             log.warning("%s", ALL_CUT_OFF.format(self.max_new_tokens, self.shaping.missing_eos))
-        metrics |= self.update(experience)
+        with self._phase("updating", rollout):
+            metrics |= self.update(experience)
         self._adapt_beta(metrics["kl"], len(scored))
         self._move_average()
         for name, value in metrics.items():
@@ -321,7 +324,7 @@ class PPOModule(LanguageModule):
                 f"a prompt of {batch.prompt_tokens.shape[1]} tokens and max_new_tokens={self.max_new_tokens} need "
                 f"{needed} positions; the policy has {longest}"
             )
-        with self._weights_for_sampling(batch):
+        with self._phase("sampling", batch), self._weights_for_sampling(batch):
             return generate(
                 self.policy,
                 batch,
@@ -339,15 +342,16 @@ class PPOModule(LanguageModule):
 
     def score(self, rollout: Rollout) -> ScoredRollout:
         """Add log-probabilities, values and scores."""
-        return score_rollout(
-            rollout,
-            policy=self.policy,
-            reference=self.reference,
-            critic=self.critic,
-            reward=self._reward,
-            temperature=self.temperature,
-            micro_batch_size=self.micro_batch_size,
-        )
+        with self._phase("scoring", rollout):
+            return score_rollout(
+                rollout,
+                policy=self.policy,
+                reference=self.reference,
+                critic=self.critic,
+                reward=self._reward,
+                temperature=self.temperature,
+                micro_batch_size=self.micro_batch_size,
+            )
 
     def experience(self, scored: ScoredRollout, parts: dict[str, Tensor]) -> Experience:
         """Return rewards, advantages and returns of a scored rollout whose shaped score has these parts."""
@@ -504,6 +508,17 @@ class PPOModule(LanguageModule):
         errors = of_all_processes(of_status(findings, "error"))
         if any(errors):
             raise refusal(errors, off="PPOModule(preflight=False), module.preflight=false, trains without this check")
+
+    def _phase(self, name: str, batch: PromptBatch) -> AbstractContextManager[None]:
+        """Return the block of a phase of the rollout of a batch, which says so if it runs out of memory."""
+        size = f"module.micro_batch_size={self.micro_batch_size}"
+        sampled = f"data.batch_size or module.samples_per_prompt={self.samples_per_prompt}"
+        return naming_phase(
+            name,
+            lambda: ppo_memory(self, self.device, sequences=len(batch), prompt_length=batch.prompt_tokens.shape[1]),
+            helps=f"less of {sampled if name == 'sampling' else size}, or of module.max_new_tokens="
+            f"{self.max_new_tokens}",
+        )
 
     @property
     def _reward(self) -> Reward:

@@ -145,7 +145,8 @@ class RewardModule(LanguageModule):
 
         Weighted so that the processes' average is the mean over all prompts, as of all other means here.
         """
-        scores, best_logprobs = self._read(batch)
+        with self.updating():
+            scores, best_logprobs = self._read(batch)
         # A margin is a difference of ratings, as that of a pair is one of scores: it can be taken off one by one.
         loss = ranking_loss(scores - self.margin_coef * batch.ratings, batch.prompt_index, batch.ranks)
         winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)

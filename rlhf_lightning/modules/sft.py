@@ -93,7 +93,8 @@ class SFTModule(LanguageModule):
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """Return the loss in nats per token, weighted so that the processes' average is the mean over all tokens."""
-        logits, targets = self(batch)
+        with self.updating():
+            logits, targets = self(batch)
         loss = self.share_of_mean(cross_entropy(logits, targets, reduction="sum"), len(targets))
         self.log("sft/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch))
         return loss

@@ -58,6 +58,14 @@ def update_bytes(network: nn.Module, *, sequences: int, length: int, logits: int
     return sequences * (networks * length * per_token + logits * text.vocab_size * per_logit)
 
 
+def score_bytes(network: nn.Module, *, sequences: int, length: int, logits: int) -> int:
+    """Return roughly what a forward alone holds: one layer at a time, then the logits with two copies in float32."""
+    config: Any = network.config
+    text, bytes_each = config.get_text_config(), next(network.parameters()).element_size()
+    layer = length * ACTIVATION_BYTES * bytes_each // 2 * text.hidden_size
+    return sequences * max(layer, logits * text.vocab_size * (bytes_each + 2 * 4))
+
+
 def cache_bytes(network: nn.Module, *, sequences: int, length: int) -> int:
     """Return the keys and values of a rollout while it is sampled."""
     config: Any = network.config
@@ -104,6 +112,15 @@ def check_memory(
     if lasting > free:
         return Finding(name, "error", f"{measured}: weights, gradients and optimizer do not fit", smaller)
     return Finding(name, "warning", f"{measured}: {phase} may not fit", f"smaller batches of {phase}; {smaller}")
+
+
+def by_role_and_phase(roles: Mapping[str, RoleMemory], work: Mapping[str, int]) -> list[str]:
+    """Return a line for each role, and one for what each phase needs beside them."""
+    lines = [
+        f"{role}: weights {_size(need.weights)}, gradients {_size(need.gradients)}, optimizer {_size(need.optimizer)}"
+        for role, need in roles.items()
+    ]
+    return lines + [f"{phase}: about {_size(size)} beside them" for phase, size in work.items()]
 
 
 def _size(size: int) -> str:

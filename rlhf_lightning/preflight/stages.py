@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from rlhf_lightning.preflight.findings import Finding, untouched
 from rlhf_lightning.preflight.memory import (
+    RoleMemory,
     cache_bytes,
     check_memory,
     free_bytes,
     role_memory,
+    score_bytes,
     unsaid,
     update_bytes,
 )
@@ -181,6 +183,18 @@ def ppo_sizes(run: PPORun, prompts: int, *, rollouts: float, processes: int) -> 
 def check_ppo_memory(run: PPORun, batch: PromptBatch) -> Finding:
     """Compare what policy, critic, reference, reward and average need with what is free on the batch's device."""
     device = batch.prompt_tokens.device
+    sequences = ppo_sizes(run, len(batch), rollouts=1, processes=1).sequences
+    roles, work = ppo_memory(run, device, sequences=sequences, prompt_length=batch.prompt_tokens.shape[1])
+    return check_memory(roles, work, free=free_bytes(device), lacking=unsaid(run.policy))
+
+
+def ppo_memory(
+    run: PPORun, device: torch.device, *, sequences: int, prompt_length: int
+) -> tuple[dict[str, RoleMemory], dict[str, int]]:
+    """Return what each role needs, and what each phase of a rollout of so many sequences needs beside them.
+
+    The phases are left out where the policy's config does not say how large their work is.
+    """
     networks = {
         "policy": run.policy,
         "critic": run.critic,
@@ -189,12 +203,14 @@ def check_ppo_memory(run: PPORun, batch: PromptBatch) -> Finding:
         "average": run.ema,
     }
     roles = {role: role_memory(network, device) for role, network in networks.items() if network is not None}
-    if lacking := unsaid(run.policy):
-        return check_memory(roles, {}, free=free_bytes(device), lacking=lacking)
-    sizes = ppo_sizes(run, len(batch), rollouts=1, processes=1)
-    length = batch.prompt_tokens.shape[1] + run.max_new_tokens
+    if unsaid(run.policy):
+        return roles, {}
+    length = prompt_length + run.max_new_tokens
     work = {
-        "sampling": cache_bytes(run.policy, sequences=sizes.sequences, length=length),
+        "sampling": cache_bytes(run.policy, sequences=sequences, length=length),
+        "scoring": score_bytes(
+            run.policy, sequences=min(run.micro_batch_size, sequences), length=length, logits=run.max_new_tokens + 1
+        ),
         "updating": update_bytes(
             run.policy,
             sequences=min(run.micro_batch_size, run.minibatch_size),
@@ -203,18 +219,23 @@ def check_ppo_memory(run: PPORun, batch: PromptBatch) -> Finding:
             networks=1 if run.critic is None else 2,
         ),
     }
-    return check_memory(roles, work, free=free_bytes(device))
+    return roles, work
 
 
 def check_supervised_memory(run: Run, batch: SFTBatch | ComparisonBatch) -> Finding:
     """Compare what the network needs with what is free on the batch's device."""
+    roles, work = supervised_memory(run, batch)
+    return check_memory(roles, work, free=free_bytes(batch.tokens.device), lacking=unsaid(run.network))
+
+
+def supervised_memory(run: Run, batch: SFTBatch | ComparisonBatch) -> tuple[dict[str, RoleMemory], dict[str, int]]:
+    """Return what the network needs, and what the work on a batch needs beside it, where the config says how large."""
     device, length = batch.tokens.device, batch.tokens.shape[1]
     roles = {"network": role_memory(run.network, device)}
-    if lacking := unsaid(run.network):
-        return check_memory(roles, {}, free=free_bytes(device), lacking=lacking)
+    if unsaid(run.network):
+        return roles, {}
     logits = length if isinstance(batch, SFTBatch) else 0
-    work = {"updating": update_bytes(run.network, sequences=len(batch), length=length, logits=logits)}
-    return check_memory(roles, work, free=free_bytes(device))
+    return roles, {"updating": update_bytes(run.network, sequences=len(batch), length=length, logits=logits)}
 
 
 def _check_networks(run: PPORun, batch: PromptBatch) -> Iterator[Finding]:

@@ -5,8 +5,16 @@ import pytest
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.modules.language import LanguageModule
+from rlhf_lightning.types import ComparisonBatch, SFTBatch
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
+]
 
 
 class Data(LightningDataModule):
@@ -56,3 +64,63 @@ def test_outside_of_a_process_group_the_sum_over_ranks_is_the_value(policy: Call
     assert torch.equal(total, x)
     total += 1
     assert x.tolist() == [1.0, 2.0]
+
+
+def greedy(network: Any, *, from_call: int, training: bool = False) -> Any:
+    """Let the network ask for more memory than there is, from its n-th forward on, or from the first with gradients."""
+    calls = []
+
+    def ask(*_: Any) -> None:
+        calls.append(None)
+        if torch.is_grad_enabled() if training else len(calls) >= from_call:
+            torch.empty(2**60)
+
+    network.register_forward_hook(ask)
+    return network
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_fine_tuning_and_reward_model_say_what_to_do_when_memory_runs_out(
+    stage: str, accumulate: int, policy: Any, classifier: Any, tokenizer: Any, fit: Any
+) -> None:
+    mask = torch.tensor([[False, True, True]] * 2)
+    tokens = torch.tensor([[5, 6, 7], [5, 8, 9]])
+    if stage == "sft":
+        module: Any = SFTModule(greedy(policy(), from_call=1), tokenizer=tokenizer)
+        batch: Any = SFTBatch(tokens=tokens, attention_mask=torch.ones_like(mask), loss_mask=mask)
+    else:
+        module = RewardModule(greedy(classifier(), from_call=1), tokenizer=tokenizer, shift_scores=False)
+        zeros = torch.zeros(2, dtype=torch.long)
+        batch = ComparisonBatch(
+            tokens=tokens,
+            attention_mask=torch.ones_like(mask),
+            response_mask=mask,
+            prompt_index=zeros,
+            ranks=torch.arange(2),
+            ratings=zeros.float(),
+        )
+    with pytest.raises(InputError, match=r"(?s)out of memory while updating.*network: weights.*data\.batch_size"):
+        fit(module, [batch, batch], max_epochs=1, accumulate_grad_batches=accumulate)
+
+
+@pytest.mark.parametrize(
+    ("phase", "from_call", "helps"),
+    [
+        ("sampling", 1, r"data\.batch_size or module\.samples_per_prompt=1"),
+        ("scoring", 1, r"module\.micro_batch_size=8"),
+        ("updating", 0, r"module\.micro_batch_size=8"),
+    ],
+)
+def test_ppo_names_the_phase_in_which_memory_runs_out(
+    phase: str, from_call: int, helps: str, policy: Any, tokenizer: Any, prompts: Any, fit: Any
+) -> None:
+    def count(prompts: Any, responses: Any) -> list[float]:
+        return [float(len(text)) for text in responses]
+
+    settings: Any = {"preflight": False, "max_new_tokens": 4, "minibatch_size": 6}
+    module = PPOModule(policy(), reward=count, tokenizer=tokenizer, **settings)
+    # The reference is read in scoring alone.
+    greedy(module.reference if phase == "scoring" else module.policy, from_call=from_call, training=phase == "updating")
+    with pytest.raises(InputError, match=rf"(?s)out of memory while {phase}.*critic: weights.*{phase}: about.*{helps}"):
+        fit(module, [prompts], max_steps=1)
