@@ -30,6 +30,11 @@ class RoleMemory:
     there: int
     """Of the weights: on the device already."""
 
+    def __str__(self) -> str:
+        """Return what each part needs."""
+        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        return ", ".join(f"{part} {_size(size)}" for part, size in parts.items())
+
 
 def role_memory(network: nn.Module, device: torch.device) -> RoleMemory:
     """Return what a network needs on this process under AdamW; a frozen weight has neither gradient nor state."""
@@ -100,8 +105,9 @@ def check_memory(
     name = "memory"
     lasting = sum(role.weights - role.there + role.gradients + role.optimizer for role in roles.values())
     phase, most = max(work.items(), key=lambda item: item[1], default=("", 0))
-    parts = [f"{role} {_size(need.weights + need.gradients + need.optimizer)}" for role, need in roles.items()]
-    working = f"{phase} about {_size(most)}" if work else f"work not known, the config has no {', '.join(lacking)}"
+    parts = [f"{role} {_size(need.weights + need.gradients + need.optimizer)} ({need})" for role, need in roles.items()]
+    phases = ", ".join(f"{what} about {_size(size)}" for what, size in work.items())
+    working = phases if work else f"work not known, the config has no {', '.join(lacking)}"
     measured = f"estimate: {', '.join(parts)}; {working}; still needed {_size(lasting + most)}"
     if free is None:
         return Finding(name, "note", f"{measured}; how much is free is not known on this device")
@@ -116,11 +122,9 @@ def check_memory(
 
 def by_role_and_phase(roles: Mapping[str, RoleMemory], work: Mapping[str, int]) -> list[str]:
     """Return a line for each role, and one for what each phase needs beside them."""
-    lines = [
-        f"{role}: weights {_size(need.weights)}, gradients {_size(need.gradients)}, optimizer {_size(need.optimizer)}"
-        for role, need in roles.items()
+    return [f"{role}: {need}" for role, need in roles.items()] + [
+        f"{phase}: about {_size(size)} beside them" for phase, size in work.items()
     ]
-    return lines + [f"{phase}: about {_size(size)} beside them" for phase, size in work.items()]
 
 
 def _size(size: int) -> str:

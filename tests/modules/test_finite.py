@@ -314,7 +314,7 @@ def half(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], MixedPrecision]:
     """16-mixed on the CPU, which Lightning offers on CUDA only, at a loss scale."""
     # The kernel for CPUs unscales by itself.
     for module in (language, ppo):
-        monkeypatch.setattr(module, "adamw", lambda groups, **settings: torch.optim.AdamW(groups, **settings))
+        monkeypatch.setattr(module, "adamw", lambda groups, lr=1e-3, **_: torch.optim.AdamW(groups, lr=lr))
     return lambda scale: MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
 
 

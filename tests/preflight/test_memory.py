@@ -11,6 +11,7 @@ from rlhf_lightning.preflight.memory import (
     check_memory,
     free_bytes,
     role_memory,
+    score_bytes,
     update_bytes,
 )
 
@@ -88,3 +89,17 @@ def test_free_memory_is_less_than_the_machine_has() -> None:
     assert free is not None
     assert 0 < free < 2**45
     assert free_bytes(torch.device("meta")) is None
+
+
+def test_the_line_says_what_each_role_and_each_phase_needs() -> None:
+    roles = {"policy": RoleMemory(weights=GIB, gradients=2 * GIB, optimizer=3 * GIB, there=0)}
+    said = check_memory(roles, {"sampling": GIB // 4, "scoring": GIB // 2, "updating": GIB}, free=64 * GIB).measured
+    assert "policy 6.00 GiB (weights 1.00 GiB, gradients 2.00 GiB, optimizer 3.00 GiB);" in said
+    assert "sampling about 0.25 GiB, scoring about 0.50 GiB, updating about 1.00 GiB; still needed 7.00 GiB" in said
+
+
+def test_scoring_holds_one_layer_at_a_time_and_no_gradient(llama: Callable[..., Any]) -> None:
+    sizes = {"sequences": 4, "length": 12, "logits": 8}
+    assert score_bytes(llama(num_hidden_layers=2), **sizes) == score_bytes(llama(num_hidden_layers=4), **sizes)
+    assert 0 < score_bytes(llama(), **sizes) < update_bytes(llama(), **sizes)
+    assert score_bytes(llama(), **{**sizes, "sequences": 8}) == 2 * score_bytes(llama(), **sizes)
