@@ -46,7 +46,8 @@ class Watching(PPOModule):
 
     def _norms(self, optimizer: torch.optim.Optimizer) -> list[float]:
         return [
-            torch.cat([p.grad.flatten() for p in group["params"]]).norm().item() for group in optimizer.param_groups
+            torch.cat([p.new_zeros(1) if p.grad is None else p.grad.flatten() for p in group["params"]]).norm().item()
+            for group in optimizer.param_groups
         ]
 
 

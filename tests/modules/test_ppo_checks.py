@@ -122,6 +122,7 @@ def test_every_number_of_the_constructor_is_looked_at() -> None:
         "reward_tokenizer",
         "ptx_data",
         "seed",
+        "max_bad_updates",
         "preflight",
     }
     assert set(DEFAULTS) - others == looked_at

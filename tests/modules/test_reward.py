@@ -53,6 +53,12 @@ def batch(
     )
 
 
+def without_trainer(module: RewardModule) -> None:
+    """Let a module compute its loss alone: there is nothing to log to, and no other process."""
+    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    module.share_of_mean = lambda total, count: total / count  # type: ignore[method-assign]
+
+
 def separable(count: int, seed: int) -> list[Ranking]:
     """The better response of a pair holds token 100, the worse one token 101, among random others."""
     generator = torch.Generator().manual_seed(seed)
@@ -129,7 +135,7 @@ def test_ties_are_no_pairs_and_margins_are_taken_off_as_in_a_reference_in_float6
     expected = reference_loss(network, margin_coef)
     expected.backward()
     module = make(margin_coef=margin_coef, share_prompts=True)
-    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]  # there is no Trainer to log to
+    without_trainer(module)
     loss = module.training_step(batch(MIXED, pads=2, ranks=TIED_RANKS, ratings=RATINGS), 0)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
@@ -164,7 +170,7 @@ def test_shared_prompts_have_the_same_loss_and_gradients_with_fewer_tokens(make:
     )
     losses, gradients = [], []
     for module in (alone, shared):
-        module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]  # there is no Trainer to log to
+        without_trainer(module)
         loss = module.training_step(batch(MIXED, pads=3), 0)
         loss.backward()
         losses.append(loss)
