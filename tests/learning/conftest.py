@@ -60,6 +60,7 @@ class TableLanguageModel(nn.Module):
     """
 
     dtype = torch.float32
+    device = torch.device("cpu")
 
     def __init__(self, vocabulary: int, seed: int) -> None:
         super().__init__()
