@@ -170,7 +170,7 @@ def test_plain_loaders_have_no_prompts(tiny_model: Path, tmp_path: Path) -> None
 def test_processes_with_unequal_numbers_of_prompts_log_the_mean_over_all(
     sharded: bool, fit: Callable[..., Any], processes: Callable[..., list[Any]]
 ) -> None:
-    def wanted(prompts: list[Any], responses: list[str], *, wanted: list[int]) -> list[float]:
+    def wanted(prompts: list[Any], responses: list[str], *, wanted: list[int], **_: Any) -> list[float]:
         return [float(number) for number in wanted]
 
     def work(rank: int) -> list[float]:
