@@ -42,7 +42,7 @@ def noisy_score(prompts, responses, **columns):
 """
 STAGES = {
     "sft": ["data.group_by_length=true"],
-    "reward": ["module.length_groups=2", "module.shift_scores=true"],
+    "reward": ["module.shift_scores=true"],
     "ppo": [
         "module.reward=helpers.py:noisy_score",
         "module.minibatch_size=4",
