@@ -28,11 +28,11 @@ def build(path: str, node: Config, **arguments: Any) -> Any:
     for place, part in target_nodes(node, path):
         if is_reward_function(place, part):
             part["_partial_"] = True
+    for text in INSTEAD:
+        # For good: `catch_warnings` would forget what a constructor silences for the training behind it.
+        warnings.filterwarnings("error", message=f".*{text}")
     try:
-        with warnings.catch_warnings():
-            for text in INSTEAD:
-                warnings.filterwarnings("error", message=f".*{text}")
-            return instantiate(node, _convert_="all", **arguments)
+        return instantiate(node, _convert_="all", **arguments)
     except InstantiationException as error:
         for text, instead in INSTEAD.items():
             if text in str(error.__cause__):
