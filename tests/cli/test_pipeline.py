@@ -383,7 +383,9 @@ def test_several_rewards_are_one_and_the_files_of_each_are_watched(
 def test_an_error_in_a_stage_says_what_is_kept_and_how_to_go_on(
     ppo_alone: list[str], files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "rewards.py").write_text("def length(prompts, responses, **columns):\n    return [float('nan')] * len(responses)\n")
+    (tmp_path / "rewards.py").write_text(
+        "def length(prompts, responses, **columns):\n    return [float('nan')] * len(responses)\n"
+    )
     assert run_verb("pipeline", ppo_alone) == 2
     nothing_kept = capsys.readouterr().err
     assert "must return finite scores" in nothing_kept
