@@ -7,7 +7,7 @@ vocabulary. Masks are boolean; true means "counts".
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ Prompt = str | Sequence[Message]
 
 RewardFunction = Callable[..., Sequence[float]]
 """``f(prompts, responses, **columns)`` with one score per response."""
+
+Export = Literal["merged", "adapter"]
+"""A whole network, adapters merged into plain weights; or what was trained beside a base that is named."""
 
 
 @dataclass(frozen=True)

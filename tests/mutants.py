@@ -496,8 +496,8 @@ MUTANTS = (
     Mutant(
         "Adam's usual eps",
         PPO,
-        "whole=whole, eps=1e-5,",
-        "whole=whole, eps=1e-8,",
+        "in_32_bits=in_32_bits, eps=1e-5,",
+        "in_32_bits=in_32_bits, eps=1e-8,",
         (PPO_TESTS + "test_the_optimizer_is_adam_without_weight_decay_and_with_the_eps_of_huang_et_al",),
         39,
     ),

@@ -11,10 +11,11 @@ import pytest
 import rlhf_lightning
 
 PACKAGE = Path(rlhf_lightning.__file__).parent
-GROUND = {"types", "errors", "jsonl"}
+GROUND = {"types", "errors", "jsonl", "random_states"}
 MAY_IMPORT = {
     "errors": set(),
     "jsonl": set(),
+    "random_states": set(),
     "types": set(),
     "functional": set(),
     "networks": GROUND | {"functional"},

@@ -20,7 +20,7 @@ PARTIAL = ".partial"
 """What the name of a file ends with that is still being written."""
 
 LAST_OF_FOLDER = "meta.pt"
-"""Strategies that keep weights in shards write a folder, and this file of it last."""
+"""Strategies that keep weights in shards write a folder, and this file, which holds all else, last."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

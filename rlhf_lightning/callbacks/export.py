@@ -3,19 +3,17 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.types import Export
 
 SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 """Strategies under which no process may hold all weights, so that all of them have a part in writing."""
-
-Export = Literal["merged", "adapter"]
-"""A whole network, adapters merged into plain weights; or what was trained beside a base that is named."""
 
 
 @runtime_checkable

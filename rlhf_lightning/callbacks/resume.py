@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
 from rlhf_lightning.callbacks.checkpoint_file import LAST_OF_FOLDER
-from rlhf_lightning.callbacks.resume_random import random_state, set_random_state
+from rlhf_lightning.random_states import random_state, set_random_state
 
 log = logging.getLogger("rlhf_lightning.callbacks")
 

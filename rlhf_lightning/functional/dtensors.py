@@ -18,3 +18,9 @@ def laid_out_as(x: Tensor, weight: Tensor) -> Tensor:
 def local_numel(weight: Tensor) -> int:
     """Return how many numbers of a weight this process holds."""
     return weight.to_local().numel() if isinstance(weight, DTensor) else weight.numel()
+
+
+def is_finite(x: Tensor) -> bool:
+    """Return whether all numbers are finite; of a tensor in parts, those of this process."""
+    own = x.to_local() if isinstance(x, DTensor) else x
+    return bool(own.detach().isfinite().all())

@@ -8,26 +8,26 @@ from torch import nn
 
 
 class AdamW8bit(Optimizer2State):
-    """AdamW with block-wise 8-bit moments (Dettmers et al. 2022), 32-bit ones for ``whole`` and for small weights."""
+    """AdamW with block-wise 8-bit moments (Dettmers et al. 2022), 32-bit ones for some and for small weights."""
 
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        whole: Iterable[nn.Parameter],
+        in_32_bits: Iterable[nn.Parameter],
         *,
         is_paged: bool = False,
         lr: float = 1e-3,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        """Take parameter groups; the weights in ``whole`` that are not among them do not matter."""
+        """Take parameter groups; the weights ``in_32_bits`` that are not among them do not matter."""
         super().__init__("adam", groups, lr, (0.9, 0.999), eps, weight_decay, optim_bits=8, is_paged=is_paged)
-        self._whole = {id(weight) for weight in whole}
+        self._in_32_bits = {id(weight) for weight in in_32_bits}
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
         """Return the settings of one weight."""
         # Not the library's global table of exceptions: it goes by ids of objects that may be gone.
         config: dict[str, Any] = super().get_config(gindex, pindex, group)
-        if id(self.param_groups[gindex]["params"][pindex]) in self._whole:
+        if id(self.param_groups[gindex]["params"][pindex]) in self._in_32_bits:
             config["optim_bits"] = 32
         return config

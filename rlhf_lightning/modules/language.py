@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
@@ -26,7 +27,6 @@ from rlhf_lightning.modules.finite import BadUpdates
 from rlhf_lightning.modules.hardware import OptimizerName, check_hardware
 from rlhf_lightning.modules.sharding import check_mesh, gathered_state
 from rlhf_lightning.networks import (
-    Export,
     Model,
     NetworkConfig,
     check_export,
@@ -38,7 +38,7 @@ from rlhf_lightning.networks import (
 from rlhf_lightning.networks.sharding import shard
 from rlhf_lightning.preflight.out_of_memory import naming_phase
 from rlhf_lightning.preflight.stages import supervised_memory
-from rlhf_lightning.types import Record, SFTBatch
+from rlhf_lightning.types import Export, Record, SFTBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -199,27 +199,24 @@ class LanguageModule(LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return what training changes: frozen networks and the weights below adapters come from their folders."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if self.in_checkpoint(name)}
+        return {name: state[name] for name in self.changed_by_training(state)}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` returned; raises `RuntimeError` where a weight is missing or unknown."""
         keys = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [name for name in keys.missing_keys if self.in_checkpoint(name)]
+        missing = self.changed_by_training(keys.missing_keys)
         if missing or keys.unexpected_keys:
             raise RuntimeError(f"checkpoint does not fit: missing {missing}, unexpected {keys.unexpected_keys}")
         return keys
 
-    def in_checkpoint(self, name: str) -> bool:
-        """Return whether training changes this entry of the state: of a network with an adapter that, and its head."""
-        if name.startswith(self.never_changed):
-            return False
-        return not has_adapter(self.network) or ".lora_" in name or name.endswith(self._heads)
-
-    @property
-    def _heads(self) -> tuple[str, ...]:
-        """The names of the weights of scalar heads."""
+    def changed_by_training(self, names: Iterable[str]) -> list[str]:
+        """Return those of the state's names that training changes: of a network with an adapter that, and its head."""
+        changed = [name for name in names if not name.startswith(self.never_changed)]
+        if not has_adapter(self.network):
+            return changed
         heads = [path for path, m in self.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
-        return tuple(f"{path}.{name}" for path in heads for name in ("weight", "bias"))
+        ends = tuple(f"{path}.{name}" for path in heads for name in ("weight", "bias"))
+        return [name for name in changed if ".lora_" in name or name.endswith(ends)]
 
     @property
     def required_tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -281,8 +278,8 @@ def adamw_with_schedule(
 ) -> Any:
     """Return Lightning's dictionary of AdamW over what is trained and a schedule that moves every optimizer step."""
     groups = [{"params": trained_weights(module)}]
-    whole = embeddings_and_heads(module)
-    adam = adamw(groups, optimizer=optimizer, whole=whole, lr=learning_rate, weight_decay=weight_decay)
+    in_32_bits = embeddings_and_heads(module)
+    adam = adamw(groups, optimizer=optimizer, in_32_bits=in_32_bits, lr=learning_rate, weight_decay=weight_decay)
     total = module.trainer.estimated_stepping_batches
 
     def factor(step: int) -> float:
@@ -307,16 +304,16 @@ def check_optimization(
 
 
 def adamw(
-    groups: list[dict[str, Any]], *, optimizer: OptimizerName, whole: list[nn.Parameter], **settings: Any
+    groups: list[dict[str, Any]], *, optimizer: OptimizerName, in_32_bits: list[nn.Parameter], **settings: Any
 ) -> torch.optim.Optimizer:
-    """Return AdamW; with 8 bits the moments of the weights in ``whole`` stay in 32.
+    """Return AdamW; with 8 bits the moments of the weights ``in_32_bits`` stay so.
 
     On a CPU the 32-bit one works in one kernel, where a loop over the weights takes several times longer.
     """
     if optimizer != "adamw":
         from rlhf_lightning.modules.eight_bit import AdamW8bit
 
-        return AdamW8bit(groups, whole, is_paged=optimizer == "paged_adamw_8bit", **settings)
+        return AdamW8bit(groups, in_32_bits, is_paged=optimizer == "paged_adamw_8bit", **settings)
     # On CUDA torch chooses: Lightning cannot clip gradients that a fused step unscales (16-mixed).
     on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, fused=on_cpu or None, **settings)

@@ -61,7 +61,7 @@ from rlhf_lightning.rollout.experience import (
 )
 from rlhf_lightning.rollout.generate import generate
 from rlhf_lightning.rollout.metrics import critic_metrics, rollout_metrics
-from rlhf_lightning.rollout.reward import ModelReward, Reward, RewardSetting, load_reward
+from rlhf_lightning.rollout.reward import Reward, RewardSetting, load_reward
 from rlhf_lightning.rollout.score import response_logits, response_values, score_rollout
 from rlhf_lightning.rollout.shaping import MissingEOS, Normalization, RunningMoments, Shaping
 from rlhf_lightning.types import Experience, PromptBatch, Rollout, ScoredRollout
@@ -239,7 +239,7 @@ class PPOModule(LanguageModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Refuse what the Trainer cannot do for PPO; no other hook runs before Lightning's own, poorer refusal."""
-        super().configure_callbacks()
+        callbacks = super().configure_callbacks()
         trainer = self.trainer
         check_ppo_strategy(type(trainer.strategy).__name__)
         if trainer.gradient_clip_val:
@@ -253,7 +253,7 @@ class PPOModule(LanguageModule):
                 "rollout; use PPOModule(minibatch_size=..., micro_batch_size=...): gradients of micro-batches add up "
                 "to those of their minibatch"
             )
-        return super().configure_callbacks()
+        return callbacks
 
     def configure_model(self) -> None:
         """Make the reward, and the critic where the estimator needs one, once the policy's tokenizer is known."""
@@ -264,7 +264,7 @@ class PPOModule(LanguageModule):
     @property
     def roles(self) -> list[nn.Module]:
         """The networks: policy, reference, critic and average where there are any, and those of the reward."""
-        models = [part.reward_model for part in self._reward.modules() if isinstance(part, ModelReward)]
+        models = [part.reward_model for part in self._reward.models().values()]
         networks = [self.policy, self.reference, self.critic, self.ema, *models]
         return [network for network in networks if network is not None]
 
@@ -455,8 +455,8 @@ class PPOModule(LanguageModule):
         groups = [{"params": trained_weights(self.policy), "lr": self.learning_rate}]
         if self.critic is not None:
             groups.append({"params": trained_weights(self.critic), "lr": self.critic_learning_rate})
-        whole = embeddings_and_heads(self)
-        return adamw(groups, optimizer=self.optimizer, whole=whole, eps=1e-5, weight_decay=0.0)
+        in_32_bits = embeddings_and_heads(self)
+        return adamw(groups, optimizer=self.optimizer, in_32_bits=in_32_bits, eps=1e-5, weight_decay=0.0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the unscaled gradients of policy and critic, each by its own norm; skip a step that is not finite."""
@@ -539,9 +539,7 @@ class PPOModule(LanguageModule):
         if self.shares_trunk:
             return TrunkCritic(self.policy, new_value_head(self.policy, generator))
         # Of a reward that is made of several: the first that can be one.
-        models = [
-            part.reward_model for part in reward.modules() if isinstance(part, ModelReward) and part.shares_tokens
-        ]
+        models = [part.reward_model for part in reward.models().values() if part.shares_tokens]
         if self.shares_backbone:
             models = [model for model in models if have_one_backbone(model, self.policy)]
         if models:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.functional.dtensors import is_finite
 from rlhf_lightning.modules.batch_file import read_records
 from rlhf_lightning.types import Record
 
@@ -94,12 +94,6 @@ def _look_at_output(seen: Seen, name: str, part: nn.Module, inputs: Any, output:
 def _look_at_gradient(seen: Seen, name: str, weight: Tensor) -> None:
     if seen.gradient is None and weight.grad is not None and not is_finite(weight.grad):
         seen.gradient = name
-
-
-def is_finite(x: Tensor) -> bool:
-    """Return whether all numbers are finite; of a tensor in parts, those of this process."""
-    own = x.to_local() if isinstance(x, DTensor) else x
-    return bool(own.detach().isfinite().all())
 
 
 def not_finite_fields(records: list[Record]) -> list[str]:

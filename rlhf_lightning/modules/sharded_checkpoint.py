@@ -24,10 +24,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.optim import Optimizer
 
+from rlhf_lightning.callbacks.checkpoint_file import LAST_OF_FOLDER
 from rlhf_lightning.errors import InputError
-
-META = "meta.pt"
-"""Where Lightning keeps all that is neither weight nor optimizer state; its presence marks such a folder."""
 
 PARTS = {
     "torch.distributed.checkpoint.metadata": {
@@ -71,7 +69,7 @@ class Planner(DefaultLoadPlanner):
 
 def is_sharded_checkpoint(path: Path) -> bool:
     """Return whether a path is a folder with the parts of a checkpoint."""
-    return path.is_dir() and (path / META).is_file()
+    return path.is_dir() and (path / LAST_OF_FOLDER).is_file()
 
 
 def load_sharded(path: Path, module: nn.Module, optimizers: Mapping[str, Optimizer], *, strict: bool) -> dict[str, Any]:
@@ -89,7 +87,7 @@ def load_sharded(path: Path, module: nn.Module, optimizers: Mapping[str, Optimiz
         set_optimizer_state_dict(
             module, optimizer, optim_state_dict=found[name], options=StateDictOptions(cpu_offload=True)
         )
-    rest: dict[str, Any] = torch.load(path / META, weights_only=True)
+    rest: dict[str, Any] = torch.load(path / LAST_OF_FOLDER, weights_only=True)
     return rest
 
 

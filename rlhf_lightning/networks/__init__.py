@@ -13,11 +13,10 @@ from rlhf_lightning.networks.loading import (
 )
 from rlhf_lightning.networks.lora import LoRA, has_adapter
 from rlhf_lightning.networks.quantizing import is_quantized
-from rlhf_lightning.networks.saving import Export, check_export, save_pretrained
+from rlhf_lightning.networks.saving import check_export, save_pretrained
 
 __all__ = [
     "Critic",
-    "Export",
     "LoRA",
     "Model",
     "NetworkConfig",

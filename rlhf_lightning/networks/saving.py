@@ -1,22 +1,21 @@
 """The hand-off between stages: a Hugging Face folder that `transformers` alone can load, or an adapter for `peft`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.functional.dtensors import is_finite
 from rlhf_lightning.networks.adapters import save_adapter
 from rlhf_lightning.networks.loading import stop_token_ids
 from rlhf_lightning.networks.lora import has_adapter, merged_weights
 from rlhf_lightning.networks.quantizing import is_quantized, plain_config
+from rlhf_lightning.types import Export
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Export = Literal["merged", "adapter"]
-"""A whole network, adapters merged into plain weights; or what was trained beside a base that is named."""
 
 
 def save_pretrained(
@@ -74,7 +73,7 @@ def plain_network(network: Any) -> Any:
 def _check_finite(network: nn.Module, state: dict[str, Any] | None) -> None:
     weights = network.named_parameters() if state is None else state.items()
     for name, weight in weights:
-        if weight.is_floating_point() and not weight.isfinite().all():
+        if not is_finite(weight):
             raise InputError(
                 f"the network is not written: its weight {name} is not finite, the training went astray (a lower "
                 "learning rate, a smaller max_grad_norm?)"

@@ -1,16 +1,15 @@
 """What a check says: what was measured, whether that is right, and what to change."""
 
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import distributed, nn
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.random_states import random_state, set_random_state
 
 Status = Literal["ok", "note", "warning", "error"]
 
@@ -64,13 +63,11 @@ def refusal(findings: Sequence[Sequence[Finding]], *, off: str) -> InputError:
 def untouched(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
     """Run a block without gradients, then put the random states and the mode of each module back."""
     modes = [(part, part.training) for part in modules]
-    states = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
+    states = random_state(device)
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.no_grad():
             yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        set_random_state(states, device)
         for part, training in modes:
             part.training = training

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from rlhf_lightning.callbacks.checkpoint_file import LAST_OF_FOLDER
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.modules.sharded_checkpoint import META, is_sharded_checkpoint, load_sharded
+from rlhf_lightning.modules.sharded_checkpoint import is_sharded_checkpoint, load_sharded
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled.*"),
@@ -54,7 +55,7 @@ def write(folder: Path, network: Trained, lr: object) -> None:
         "param_groups": [{**network.optimizer.param_groups[0], "params": names, "lr": lr}],
     }
     save({"state_dict": network.state_dict(), "optimizer": optimizer}, checkpoint_id=folder)
-    torch.save({"epoch": 3}, folder / META)
+    torch.save({"epoch": 3}, folder / LAST_OF_FOLDER)
 
 
 def test_weights_optimizer_and_all_else_are_loaded(folder: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlhf_lightning.callbacks.resume_random import random_state, set_random_state
+from rlhf_lightning.random_states import random_state, set_random_state
 
 CPU = torch.device("cpu")
 
