@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -56,7 +56,7 @@ class NetworkConfig:
         lora: object = self.lora
         if isinstance(lora, Mapping):
             object.__setattr__(self, "lora", LoRA(**lora))
-        choices = {"quantization": ("none", "int8", "nf4"), "roles": ("separate", "shared")}
+        choices = {"quantization": get_args(Quantization), "roles": get_args(Roles)}
         for name, allowed in choices.items():
             if (value := vars(self)[name]) not in allowed:
                 raise InputError(f"network.{name}={value!r} must be one of {', '.join(allowed)}")

@@ -163,10 +163,7 @@ def train_adapter(network: nn.Module) -> None:
     """Train all of the network, or where it has an adapter that alone."""
     adapter = adapter_weights(network)
     for name, weight in network.named_parameters():
-        if not adapter or name in adapter:
-            weight.requires_grad_(True)
-        else:
-            weight.requires_grad_(False)
+        weight.requires_grad_(not adapter or name in adapter)
 
 
 def _fan_in_fan_out(network: nn.Module, targets: Sequence[str]) -> bool:

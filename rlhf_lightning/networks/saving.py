@@ -1,7 +1,7 @@
 """The hand-off between stages: a Hugging Face folder that `transformers` alone can load, or an adapter for `peft`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
@@ -53,8 +53,8 @@ def save_pretrained(
 
 def check_export(model: nn.Module, export: Export) -> None:
     """Raise `InputError` where the network cannot be exported like that."""
-    if export not in ("merged", "adapter"):
-        raise InputError(f"export={export!r} must be one of merged, adapter")
+    if export not in get_args(Export):
+        raise InputError(f"export={export!r} must be one of {', '.join(get_args(Export))}")
     if export == "adapter" and not has_adapter(model):
         raise InputError("export=adapter needs a network with an adapter: set network.lora (network=lora)")
 

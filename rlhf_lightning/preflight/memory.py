@@ -1,6 +1,6 @@
 """How much memory a run will need, by role, against what there is: an estimate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ class RoleMemory:
         return ", ".join(f"{part} {_size(size)}" for part, size in parts.items())
 
 
-def role_memory(network: nn.Module, device: torch.device) -> RoleMemory:
-    """Return what a network needs on this process under AdamW; a frozen weight has neither gradient nor state."""
-    sizes = [(p, local_numel(p) * p.element_size()) for p in network.parameters()]
+def role_memory(weights: Iterable[nn.Parameter], device: torch.device) -> RoleMemory:
+    """Return what weights need on this process under AdamW; a frozen one has neither gradient nor state."""
+    sizes = [(p, local_numel(p) * p.element_size()) for p in weights]
     trained = sum(size for p, size in sizes if p.requires_grad)
     there = sum(size for p, size in sizes if p.device == device)
     return RoleMemory(sum(size for _, size in sizes), trained, ADAMW_STATES * trained, there)

@@ -202,7 +202,13 @@ def ppo_memory(
         "reward": run.reward,
         "average": run.ema,
     }
-    roles = {role: role_memory(network, device) for role, network in networks.items() if network is not None}
+    roles: dict[str, RoleMemory] = {}
+    counted: set[nn.Parameter] = set()
+    for role, network in networks.items():
+        if network is not None:
+            # On a backbone that several roles hold, the first of them has its weights.
+            roles[role] = role_memory([p for p in network.parameters() if p not in counted], device)
+            counted.update(network.parameters())
     if unsaid(run.policy):
         return roles, {}
     length = prompt_length + run.max_new_tokens
@@ -231,7 +237,7 @@ def check_supervised_memory(run: Run, batch: SFTBatch | ComparisonBatch) -> Find
 def supervised_memory(run: Run, batch: SFTBatch | ComparisonBatch) -> tuple[dict[str, RoleMemory], dict[str, int]]:
     """Return what the network needs, and what the work on a batch needs beside it, where the config says how large."""
     device, length = batch.tokens.device, batch.tokens.shape[1]
-    roles = {"network": role_memory(run.network, device)}
+    roles = {"network": role_memory(run.network.parameters(), device)}
     if unsaid(run.network):
         return roles, {}
     logits = length if isinstance(batch, SFTBatch) else 0

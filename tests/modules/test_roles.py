@@ -15,6 +15,7 @@ from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.networks import LoRA, NetworkConfig, load_policy, load_reward_model, load_tokenizer, save_pretrained
 from rlhf_lightning.networks.lora import adapter_weights, has_adapter
 from rlhf_lightning.networks.quantizing import dequantized, is_quantized_layer
+from rlhf_lightning.preflight.stages import ppo_memory
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, SFTBatch
 
 pytestmark = [
@@ -94,6 +95,14 @@ def test_all_four_roles_stand_on_one_backbone_and_take_over_their_adapters(hand_
         for a, b in zip(adapters[one].values(), adapters[other].values(), strict=True):
             assert torch.equal(a, b)
     assert torch.equal(module.critic.head.weight, reward_model.score.weight)
+
+
+def test_the_estimate_of_memory_counts_a_shared_backbone_once(hand_off: tuple[Path, Path, str]) -> None:
+    module = shared(*hand_off)
+    roles, _ = ppo_memory(module, torch.device("cpu"), sequences=6, prompt_length=5)
+    # Each object once, in whichever role it is.
+    assert sum(role.weights for role in roles.values()) == sum(p.nbytes for p in module.parameters())
+    assert roles["policy"].weights > 5 * roles["reference"].weights
 
 
 def test_at_the_start_the_reference_is_the_policy_bit_for_bit(

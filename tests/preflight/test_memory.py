@@ -22,8 +22,8 @@ GIB = 2**30
 def test_a_trained_weight_needs_a_gradient_and_two_states_a_frozen_one_nothing() -> None:
     network = torch.nn.Linear(10, 5)
     network.bias.requires_grad_(False)
-    assert role_memory(network, CPU) == RoleMemory(weights=220, gradients=200, optimizer=400, there=220)
-    assert role_memory(network, torch.device("meta")).there == 0
+    assert role_memory(network.parameters(), CPU) == RoleMemory(weights=220, gradients=200, optimizer=400, there=220)
+    assert role_memory(network.parameters(), torch.device("meta")).there == 0
 
 
 def test_gradients_and_states_are_as_large_as_adamw_makes_them() -> None:
@@ -33,7 +33,7 @@ def test_gradients_and_states_are_as_large_as_adamw_makes_them() -> None:
     optimizer.step()
     states = sum(x.nbytes for s in optimizer.state.values() for x in s.values() if x.numel() > 1)
     gradients = sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
-    expected = role_memory(network, CPU)
+    expected = role_memory(network.parameters(), CPU)
     assert (expected.gradients, expected.optimizer) == (gradients, states)
 
 
@@ -78,7 +78,7 @@ def test_a_network_of_seventy_billion_weights_does_not_fit_this_machine() -> Non
             )
         )
     work = {"updating": update_bytes(network, sequences=1, length=8, logits=8)}
-    finding = check_memory({"policy": role_memory(network, CPU)}, work, free=free_bytes(CPU))
+    finding = check_memory({"policy": role_memory(network.parameters(), CPU)}, work, free=free_bytes(CPU))
     assert finding.status == "error"
     # 70.6 billion weights of 4 bytes, four times.
     assert "policy 1051" in finding.measured
