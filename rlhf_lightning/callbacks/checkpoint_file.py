@@ -3,8 +3,11 @@
 import logging
 import os
 import pickle
+import signal
+import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + PARTIAL)
         try:
-            with partial.open("wb") as file:
+            with ctrl_c_waits(), partial.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -60,6 +63,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{path} holds something else than tensors and plain containers, or is no checkpoint; nothing of it "
                 f"was run ({reason})"
             ) from error
+
+
+@contextmanager
+def ctrl_c_waits() -> Iterator[None]:
+    """Let Ctrl-C take effect at the end of the block: torch's writer takes an exception within for a broken file."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    waiting: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if waiting:
+            signal.raise_signal(signal.SIGINT)
 
 
 def move(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@ import logging
 import os
 import pickle
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,27 @@ class Malicious:
 
     def __reduce__(self) -> Any:
         return (Path.touch, (self.victim,))
+
+
+def test_ctrl_c_in_the_middle_of_writing_takes_effect_behind_it(path: Path) -> None:
+    stopped = 0
+    old = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # A suite that was started in the background ignores SIGINT.
+    old_int = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for delay in random.Random(0).choices(range(20, 2000), k=300):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, delay * 1e-6)
+                AtomicCheckpointIO().save_checkpoint(STATE, path)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                stopped += 1
+            assert fault(path) is None
+    finally:
+        signal.signal(signal.SIGALRM, old)
+        signal.signal(signal.SIGINT, old_int)
+    assert stopped > 100
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("save", ["torch", "pickle"])
