@@ -130,6 +130,14 @@ class Rollout(PromptBatch):
 
 
 @dataclass(frozen=True)
+class SampledRollout(Rollout):
+    """A rollout as it comes from the sampler."""
+
+    sampler_logprobs: Tensor
+    """(B, R) log-probabilities of the response tokens as they were drawn, nats; 0 after the end."""
+
+
+@dataclass(frozen=True)
 class ScoredRollout(Rollout):
     """A rollout with what policy, reference, critic and reward say about it."""
 

@@ -178,7 +178,7 @@ def check_decoding(
 ) -> Finding:
     """Check that decoding with the cache and one forward over the whole sequence agree on the log-probabilities."""
     name = "sampler and trainer"
-    apart = largest(probe.sampler_logprobs - scored.logprobs)
+    apart = largest(probe.rollout.sampler_logprobs - scored.logprobs)
     measured = f"log-probabilities of sampled tokens differ by at most {apart:.2g}"
     if apart <= OTHER_CALL[precision(policy)]:
         return Finding(name, "ok", measured)

@@ -1,5 +1,6 @@
 """From a rollout to a scored one: log-probabilities, values and scores, all without gradient."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def score_rollout(
             values[rows, : length + 1] = found.masked_fill(~states, 0.0)
     scores = reward.scores(rollout)
     return ScoredRollout(
-        **vars(rollout),
+        **{each.name: getattr(rollout, each.name) for each in fields(Rollout)},
         logprobs=logprobs,
         ref_logprobs=ref_logprobs,
         values=values,

@@ -23,8 +23,8 @@ def test_the_samplers_logprobs_are_those_of_each_row_decoded_alone(
         with torch.no_grad():
             logits = policy(ids).logits[:, :-1]
         expected = gather_logprobs(logits, ids[:, 1:], temperature=0.5)[0, -int(mask[row].sum()) :]
-        torch.testing.assert_close(probe.sampler_logprobs[row][mask[row]], expected, rtol=0, atol=1e-5)
-    assert (probe.sampler_logprobs[~mask] == 0).all()
+        torch.testing.assert_close(probe.rollout.sampler_logprobs[row][mask[row]], expected, rtol=0, atol=1e-5)
+    assert (probe.rollout.sampler_logprobs[~mask] == 0).all()
 
 
 def test_a_probe_is_small_and_from_all_over_the_batch(

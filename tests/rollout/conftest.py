@@ -13,6 +13,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -44,7 +46,11 @@ GPT2: dict[str, Any] = {
     "attn_pdrop": 0.0,
     "tie_word_embeddings": False,
 }
-LANGUAGE_MODELS = {"llama": (LlamaConfig, LLAMA, LlamaForCausalLM), "gpt2": (GPT2Config, GPT2, GPT2LMHeadModel)}
+LANGUAGE_MODELS = {
+    "llama": (LlamaConfig, {**LLAMA, "num_key_value_heads": 1}, LlamaForCausalLM),
+    "gpt2": (GPT2Config, GPT2, GPT2LMHeadModel),
+    "mistral": (MistralConfig, {**LLAMA, "num_key_value_heads": 1, "sliding_window": 4}, MistralForCausalLM),
+}
 CLASSIFIERS = {
     "llama": (LlamaConfig, LLAMA, LlamaForSequenceClassification),
     "gpt2": (GPT2Config, GPT2, GPT2ForSequenceClassification),
@@ -58,7 +64,7 @@ def build(config_class: Any, settings: dict[str, Any], model_class: Any, seed: i
 
 @pytest.fixture
 def policy() -> Callable[..., Any]:
-    """``policy("llama" or "gpt2", **settings of the config)``."""
+    """``policy("llama", "gpt2" or "mistral", **settings of the config)``."""
     return lambda kind="llama", **settings: build(*LANGUAGE_MODELS[kind], **settings)
 
 

@@ -1,6 +1,5 @@
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -11,11 +10,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.logprobs import gather_logprobs
 from rlhf_lightning.networks.sharding import gathered, shard
-from rlhf_lightning.rollout.generate import BLOCK, draw, generate, sample_tokens
+from rlhf_lightning.rollout.generate import generate, sample_tokens
 from rlhf_lightning.rollout.score import response_logits
 from rlhf_lightning.types import PromptBatch, Rollout
 
-KINDS = ["llama", "gpt2"]
+KINDS = ["llama", "gpt2", "mistral"]
+"""The last one sees four tokens back, so that its cache forgets: it is sampled from step by step."""
 NEVER: list[int] = []
 
 
@@ -27,7 +27,7 @@ def sample(policy: Any, batch: PromptBatch, stops: list[int], *, seed: int = 0, 
         stop_tokens=torch.tensor(stops, dtype=torch.long),
         generator=torch.Generator().manual_seed(seed),
         **{"max_new_tokens": 12, "temperature": 1.0, **settings},
-    )
+    ).tokens
 
 
 def respond(policy: Any, batch: PromptBatch, tokenizer: Any, stops: list[int], **settings: Any) -> Rollout:
@@ -101,34 +101,6 @@ def test_tokens_are_drawn_from_the_softmax_of_the_logits_over_temperature(
     assert chi_square < 31.26
 
 
-def test_a_vocabulary_of_several_blocks_is_drawn_from_as_a_whole() -> None:
-    count, vocabulary = 40_000, 2 * BLOCK + 7
-    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(1))
-    logits[[0, BLOCK, vocabulary - 1]] = -torch.inf
-    tokens = draw(logits.repeat(count, 1), temperature=1.0, generator=torch.Generator().manual_seed(0))
-    expected = count * torch.softmax(logits.double(), dim=0)
-    seen = tokens.bincount(minlength=vocabulary).double()
-    assert (seen[expected == 0] == 0).all()
-    possible = expected > 0
-    # 99.9 % of the chi-square distribution with 131 degrees of freedom.
-    assert ((seen - expected).square() / expected)[possible].sum().item() < 186
-
-
-def test_logits_that_are_not_finite_are_an_input_error() -> None:
-    with pytest.raises(InputError, match="logits are not finite"):
-        draw(torch.full((2, 5), torch.nan), temperature=1.0, generator=torch.Generator())
-
-
-def test_temperature_0_takes_the_likeliest_token() -> None:
-    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 1.9]])
-    assert draw(logits, temperature=0.0, generator=torch.Generator()).tolist() == [1, 0]
-
-
-def test_a_low_temperature_comes_near_the_likeliest_token() -> None:
-    logits = torch.tensor([[0.0, 3.0, 1.0]]).repeat(200, 1)
-    assert (draw(logits, temperature=0.05, generator=torch.Generator().manual_seed(0)) == 1).all()
-
-
 def test_the_same_seed_gives_the_same_tokens_and_another_one_others(
     policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
 ) -> None:
@@ -166,7 +138,7 @@ def test_leaving_ended_rows_out_changes_nothing_for_the_others(
     network = policy(kind)
     batch = prompts([[5, 9, 7, 30, 2], [8, 4], [40, 41, 42], [77], [60, 61, 62, 63]])
     free = sample(network, batch, NEVER, temperature=0.0)
-    stops = [int(free[1, 2]), int(free[3, 5])]
+    stops = [int(free[1, 2]), int(free[0, 5])]
     stopped = sample(network, batch, stops, temperature=0.0)
     ends = []
     for free_row, row in zip(free.tolist(), stopped.tolist(), strict=True):
@@ -257,30 +229,94 @@ def test_the_text_of_a_response_has_neither_padding_nor_the_end_token(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probabilities_found_afterwards_are_those_of_the_sampler(
+    kind: str, temperature: float, policy: Callable[..., Any], prompts: Callable[..., PromptBatch], tokenizer: Any
+) -> None:
+    """One forward over the whole sequence finds what step after step with a cache found."""
+    network, batch = policy(kind), prompts(pads=1)
+    stops = seen_in(sample(network, batch, NEVER, temperature=temperature), 2)
+    found = respond(network, batch, tokenizer, stops, temperature=temperature)
+    length = found.response_mask.shape[1]
+    logits = response_logits(network, found.tokens, found.attention_mask, length=length)
+    logprobs = gather_logprobs(logits, found.response_tokens, temperature=temperature)
+    expected = logprobs.masked_fill(~found.response_mask, 0.0)
+    torch.testing.assert_close(found.sampler_logprobs, expected, rtol=1e-4, atol=1e-4, check_dtype=False)
+    assert expected[found.response_mask].std() > 0.5
+    assert not found.response_mask.all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_likeliest_tokens_are_certain(
+    kind: str, policy: Callable[..., Any], prompts: Callable[..., PromptBatch], tokenizer: Any
+) -> None:
+    assert (respond(policy(kind), prompts(), tokenizer, NEVER, temperature=0.0).sampler_logprobs == 0).all()
+
+
+MANY = [[5, 9, 7, 30, 2], [8, 4], [40, 41, 42], [77], [60, 61, 62, 63], [9, 9, 9], [12, 13], [8, 4], [91, 33, 21, 7]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_prompts_that_wait_for_a_slot_get_the_response_that_they_would_get_at_once(
     kind: str,
     temperature: float,
     policy: Callable[..., Any],
     prompts: Callable[..., PromptBatch],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One forward over the whole sequence finds what step after step with a cache found."""
-    seen: list[Tensor] = []
+    network, batch = policy(kind), prompts(MANY, pads=2)
+    stops = seen_in(sample(network, batch, NEVER, temperature=temperature), 6)
+    expected = sample(network, batch, stops, temperature=temperature)
+    lengths = [next((i for i, t in enumerate(row) if t in stops), 99) for row in expected.tolist()]
+    assert len(set(lengths)) > 3
+    for slots, at_once in ((1, 4096), (2, 4096), (4, 5), (5, 1)):
+        monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", slots)
+        monkeypatch.setattr("rlhf_lightning.rollout.in_slots.READ_AT_ONCE", at_once)
+        assert torch.equal(sample(network, batch, stops, temperature=temperature), expected)
 
-    def recording(logits: Tensor, **settings: Any) -> Tensor:
-        tokens = draw(logits, **settings)
-        seen.append(gather_logprobs(logits.unsqueeze(1), tokens.unsqueeze(1), temperature=temperature))
-        return tokens
 
-    # By its full name: the package also has a function of the name of this file.
-    monkeypatch.setattr(import_module("rlhf_lightning.rollout.generate"), "draw", recording)
-    network, batch = policy(kind), prompts(pads=1)
-    response = sample(network, batch, NEVER, temperature=temperature)
-    tokens = torch.cat([batch.prompt_tokens, response], dim=1)
-    mask = torch.cat([batch.prompt_mask, torch.ones_like(response).bool()], dim=1)
-    logits = response_logits(network, tokens, mask, length=12)
-    found = gather_logprobs(logits, response, temperature=temperature)
-    torch.testing.assert_close(found, torch.cat(seen, dim=1), rtol=1e-4, atol=1e-4)
-    assert found.std() > 0.5
+def test_no_more_rows_than_there_are_slots_run_at_once(
+    policy: Callable[..., Any], prompts: Callable[..., PromptBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, calls = policy(), []
+    monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", 4)
+    network.register_forward_pre_hook(lambda _, __, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
+    sample(network, prompts(MANY), NEVER)
+    # Three readings of prompts, each followed by eleven steps: 4, 4 and 1 of the nine.
+    assert calls == [*[4] * 12, *[4] * 12, *[1] * 12]
+
+
+def test_neighbouring_rows_with_one_prompt_share_its_reading(
+    policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+) -> None:
+    network, calls = policy(), []
+    rows = [[8, 4], [8, 4], [8, 4], [40, 41, 42], [40, 41, 42], [4]]
+    apart = sample(network, prompts(rows), NEVER)
+    network.register_forward_pre_hook(lambda _, __, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
+    assert torch.equal(sample(network, prompts(rows), NEVER), apart)
+    assert calls == [3] + [6] * 11
+    assert len(apart[:3].unique(dim=0)) == 3
+
+
+def test_the_noise_of_a_row_is_its_own(policy: Callable[..., Any], prompts: Callable[..., PromptBatch]) -> None:
+    """What others sample, and whether they have ended, cannot change a response."""
+    network = policy()
+    together = sample(network, prompts(MANY), NEVER)
+    stops = seen_in(together, 4)
+    stopped = sample(network, prompts(MANY), stops)
+    for free, row in zip(together.tolist(), stopped.tolist(), strict=True):
+        end = next((i for i, token in enumerate(free) if token in stops), len(row) - 1)
+        assert row[: end + 1] == free[: end + 1]
+
+
+def test_logits_that_are_not_finite_are_an_input_error(
+    policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+) -> None:
+    for kind in KINDS:
+        network = policy(kind)
+        with torch.no_grad():
+            next(network.parameters()).fill_(torch.nan)
+        with pytest.raises(InputError, match="logits are not finite"):
+            sample(network, prompts(), NEVER)
 
 
 def test_sampling_leaves_the_mode_and_the_settings_of_the_network(
@@ -309,21 +345,18 @@ def test_processes_with_parts_of_the_policy_sample_as_alone_however_long_the_oth
     # One process ends in its first step, the other runs to the end.
     stops = {0: free[:, 0].unique().tolist(), 1: NEVER}
 
-    def work(rank: int) -> tuple[Tensor, int, list[int]]:
+    def work(rank: int) -> tuple[Tensor, int]:
         distributed.init_process_group("gloo")
         network = policy(kind)
         shard(network, init_device_mesh("cpu", (2,)))
-        seen: list[int] = []
         calls: list[int] = []
         with gathered(network) if whole else nullcontext():
             network.register_forward_pre_hook(lambda *_: calls.append(1))
-            found = sample(network, batch, stops[rank], watch=lambda t, rows, logits: seen.append(len(rows)))
-        return found, len(calls), seen
+            found = sample(network, batch, stops[rank])
+        return found, len(calls)
 
     ranks = processes(2, work)
-    for rank, (found, calls, seen) in enumerate(ranks):
+    for rank, (found, calls) in enumerate(ranks):
         assert torch.equal(found, sample(policy(kind), batch, stops[rank]))
         assert calls == (12 if rank == 1 or not whole else 1)
-        assert len(seen) == found.shape[1]
-        assert min(seen) > 0
-    assert [found.shape[1] for found, *_ in ranks] == [1, 12]
+    assert [found.shape[1] for found, _ in ranks] == [1, 12]

@@ -1,0 +1,168 @@
+"""Sampling in slots: a response that has ended makes place for a prompt that waits."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from rlhf_lightning.functional.masking import position_ids
+from rlhf_lightning.rollout.draw import require_finite
+from rlhf_lightning.rollout.recording import recorder_of
+from rlhf_lightning.rollout.slots import Slots
+
+MOST_SLOTS = 256
+"""Responses that run at once; more wait until others have ended."""
+
+READ_AT_ONCE = 4096
+"""Tokens of prompts, padding included, in one forward."""
+
+STILL_FULL = 0.75
+"""Share of slots still running below which others are let in, or where nothing waits, the free ones are left out."""
+
+
+def sample_in_slots(
+    policy: nn.Module,
+    prompt_tokens: Int[Tensor, "B P"],
+    prompt_mask: Bool[Tensor, "B P"],
+    uniform: Float[Tensor, "B N 2"],
+    *,
+    temperature: float,
+    stop_tokens: Int[Tensor, " S"],
+) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N"]]:
+    """Return up to N tokens a row, and their log-probabilities; after a stop token there are zeros.
+
+    Neighbouring rows with the same prompt share its reading.
+    """
+    sampling = _Sampling(policy, prompt_tokens, prompt_mask, uniform, temperature, stop_tokens)
+    sampling.run()
+    return sampling.response, sampling.logprobs
+
+
+class _Sampling:
+    """Which row of a rollout is in which slot, and which ones wait."""
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        prompt_tokens: Tensor,
+        prompt_mask: Tensor,
+        uniform: Tensor,
+        temperature: float,
+        stop_tokens: Tensor,
+    ) -> None:
+        self.policy: Any = policy
+        self.prompt_tokens, self.prompt_mask, self.uniform = prompt_tokens, prompt_mask, uniform
+        self.lengths: list[int] = prompt_mask.sum(dim=1).tolist()
+        rows, self.longest = uniform.shape[:2]
+        self.response = prompt_tokens.new_zeros(rows, self.longest)
+        self.logprobs = torch.zeros(0)
+        self.waiting = list(range(rows))
+        self.occupants: list[int | None] = [None] * min(rows, MOST_SLOTS)
+        self.next = [0] * len(self.occupants)
+        """Where the newest token of each slot stands while it runs."""
+        self.recorder = recorder_of(policy, prompt_tokens.device)
+        self.settings = {"temperature": temperature, "stop_tokens": stop_tokens}
+
+    def run(self) -> None:
+        """Sample until no row waits or runs."""
+        while self.waiting or self._some_run():
+            self._let_in()
+            self._close_up()
+            for _ in range(self.recorder.steps_unseen if self._some_run() else 0):
+                self.recorder.step(self.policy, self.slots, len(self.occupants), max(self.next) + 1)
+                self.next = [position + 1 for position in self.next]
+            self._let_out()
+
+    def _some_run(self) -> bool:
+        return any(row is not None for row in self.occupants)
+
+    def _let_in(self) -> None:
+        free = [slot for slot, row in enumerate(self.occupants) if row is None]
+        # Reading prompts stops all others for its time.
+        if len(self.occupants) - len(free) > STILL_FULL * len(self.occupants):
+            return
+        rows, self.waiting = self.waiting[: len(free)], self.waiting[len(free) :]
+        for part in self._readings(rows):
+            into, free = free[: len(part)], free[len(part) :]
+            self._read(part, into)
+        if rows:
+            self._let_out()
+
+    def _readings(self, rows: list[int]) -> Iterator[list[int]]:
+        """Yield rows of about equal length, as many as are read at once."""
+        part: list[int] = []
+        for row in sorted(rows, key=lambda row: (self.lengths[row], row)):
+            if part and self.lengths[row] * (len(part) + 1) > READ_AT_ONCE:
+                yield part
+                part = []
+            part.append(row)
+        if part:
+            yield part
+
+    def _read(self, of_rows: list[int], into: list[int]) -> None:
+        """Read prompts into slots."""
+        device = self.response.device
+        rows, slots = torch.tensor(of_rows, device=device), torch.tensor(into, device=device)
+        longest = self.lengths[of_rows[-1]]
+        tokens, mask = self.prompt_tokens[rows, -longest:], self.prompt_mask[rows, -longest:]
+        # Padding is told apart by a token that no vocabulary has.
+        distinct, which = torch.unique_consecutive(tokens.masked_fill(~mask, -1), return_inverse=True, dim=0)
+        real = distinct != -1
+        output = self.policy(
+            input_ids=distinct.clamp(min=0),
+            attention_mask=real.long(),
+            position_ids=position_ids(real),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        if not self.logprobs.numel():
+            self._make_room(output.past_key_values)
+        self.slots.let_in(
+            slots,
+            output.logits[:, -1][which],
+            output.past_key_values,
+            which,
+            order=torch.argsort(~real, dim=1, stable=True),
+            lengths=mask.sum(dim=1),
+            uniform=self.uniform[rows],
+        )
+        for slot, row in zip(into, of_rows, strict=True):
+            self.occupants[slot] = row
+            self.next[slot] = self.lengths[row]
+
+    def _make_room(self, like: Any) -> None:
+        capacity = max(self.lengths) + self.longest
+        self.slots: Slots = self.recorder.slots(
+            like, count=len(self.occupants), capacity=capacity, longest=self.longest, **self.settings
+        )
+        self.logprobs = self.slots.logprobs.new_zeros(self.response.shape)
+
+    def _let_out(self) -> None:
+        """Take the responses that have ended out of their slots."""
+        require_finite(self.slots.finite)
+        running = self.slots.running[: len(self.occupants)].tolist()
+        ended = [
+            (slot, row)
+            for slot, (row, runs) in enumerate(zip(self.occupants, running, strict=True))
+            if row is not None and not runs
+        ]
+        if not ended:
+            return
+        slots, rows = (list(numbers) for numbers in zip(*ended, strict=True))
+        self.response[rows] = self.slots.response[slots]
+        self.logprobs[rows] = self.slots.logprobs[slots]
+        for slot in slots:
+            self.occupants[slot] = None
+            self.next[slot] = 0
+
+    def _close_up(self) -> None:
+        """Leave free slots out of the steps to come."""
+        kept = [slot for slot, row in enumerate(self.occupants) if row is not None]
+        if self.waiting or not kept or len(kept) > STILL_FULL * len(self.occupants):
+            return
+        kept = self.recorder.usual(kept, len(self.occupants))
+        self.slots.move(torch.tensor(kept, device=self.response.device))
+        self.occupants = [self.occupants[slot] for slot in kept]
+        self.next = [self.next[slot] for slot in kept]

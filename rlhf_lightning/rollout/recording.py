@@ -1,0 +1,124 @@
+"""Steps of sampling as they are made on a device: one after the other on a CPU, as recorded CUDA graphs on a GPU."""
+
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from rlhf_lightning.rollout.slots import Slots
+
+UNSEEN = 16
+"""Steps on a GPU that the host does not wait for; up to so many less one are made in vain when all have ended."""
+
+SPAN = 128
+"""How far a recorded step looks is a multiple of this, so that not each length needs a recording."""
+
+_recorders: "WeakKeyDictionary[nn.Module, Recorder]" = WeakKeyDictionary()
+
+
+def recorder_of(policy: nn.Module, device: torch.device) -> "Stepper":
+    """Return what makes the steps of a policy; recordings are kept as long as the policy is."""
+    if device.type != "cuda":
+        return OneByOne()
+    return _recorders.setdefault(policy, Recorder())
+
+
+class Stepper(Protocol):
+    """Makes steps."""
+
+    steps_unseen: int
+    """How many are made before the host looks which responses have ended."""
+
+    def slots(self, like: Any, **sizes: Any) -> Slots:
+        """Return slots of these sizes (`Slots`), with nothing in them."""
+
+    def step(self, policy: nn.Module, slots: Slots, in_use: int, span: int) -> None:
+        """Make a step (`Slots.step`)."""
+
+    def usual(self, kept: list[int], in_use: int) -> list[int]:
+        """Return the slots to be kept, and others until there are as many as steps are made for."""
+
+
+class OneByOne:
+    """Makes each step when it is asked for."""
+
+    steps_unseen = 1
+
+    def slots(self, like: Any, **sizes: Any) -> Slots:
+        """Return new slots."""
+        return Slots(like, **sizes)
+
+    def step(self, policy: nn.Module, slots: Slots, in_use: int, span: int) -> None:
+        """Make a step."""
+        slots.step(policy, in_use, span)
+
+    def usual(self, kept: list[int], in_use: int) -> list[int]:
+        """Return the slots that are kept."""
+        return kept
+
+
+class Recorder:
+    """Records a step for each number of slots in use and each span, and plays it again: no time between its kernels."""
+
+    steps_unseen = UNSEEN
+
+    def __init__(self) -> None:
+        """Start without recordings."""
+        self._slots: Slots | None = None
+        self._made_for: Any = None
+        self._recordings: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+        self._pool: Any = None
+
+    def slots(self, like: Any, **sizes: Any) -> Slots:
+        """Return the slots of the last rollout where these sizes fit in, so that its recordings are good for it."""
+        if self._slots is None or not self._slots.fit(like, **sizes):
+            self._recordings.clear()
+            sizes["capacity"] = _rounded(sizes["capacity"])
+            self._slots = Slots(like, **sizes)
+        self._slots.clear()
+        return self._slots
+
+    def step(self, policy: nn.Module, slots: Slots, in_use: int, span: int) -> None:
+        """Make a step; the first of its kind as it is, the second is recorded, and from then on it is played."""
+        made_for = _what_it_depends_on(policy)
+        if made_for != self._made_for:
+            self._recordings.clear()
+            self._made_for = made_for
+        span = min(_rounded(span), slots.capacity)
+        kind = (in_use, span)
+        if kind not in self._recordings:
+            # What a kernel needs once for all is not made while recording.
+            slots.step(policy, in_use, span)
+            self._recordings[kind] = None
+            return
+        recording = self._recordings[kind]
+        if recording is None:
+            recording = self._record(policy, slots, in_use, span)
+            self._recordings[kind] = recording
+        recording.replay()
+
+    def usual(self, kept: list[int], in_use: int) -> list[int]:
+        """Fill up to half of the slots in use, to a quarter and so on."""
+        number = in_use
+        while number // 2 >= len(kept):
+            number //= 2
+        others = [slot for slot in range(in_use) if slot not in set(kept)]
+        return kept + others[: number - len(kept)]
+
+    def _record(self, policy: nn.Module, slots: Slots, in_use: int, span: int) -> torch.cuda.CUDAGraph:
+        recording = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recording, pool=self._pool):
+            slots.step(policy, in_use, span)
+        self._pool = recording.pool()
+        return recording
+
+
+def _rounded(length: int) -> int:
+    return -(-length // SPAN) * SPAN
+
+
+def _what_it_depends_on(policy: nn.Module) -> Any:
+    """Return what a recording has fixed: where the weights lie, and the type of the arithmetic."""
+    kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    return kind, tuple(weight.data_ptr() for weight in policy.parameters())
