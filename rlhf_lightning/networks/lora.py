@@ -125,7 +125,7 @@ def adds_nothing(network: nn.Module) -> bool:
 
 def remove_adapter(network: nn.Module) -> None:
     """Take the adapter out of the network."""
-    for parent, name, layer in list(_adapted_layers(network)):
+    for parent, name, layer in list(adapted_layers(network)):
         setattr(parent, name, layer.base_layer)
     # `peft` keeps it where it was told to add the adapter.
     vars(network).pop("peft_config", None)
@@ -134,7 +134,7 @@ def remove_adapter(network: nn.Module) -> None:
 @torch.no_grad()
 def merge_adapter(network: nn.Module) -> None:
     """Add the adapter to the weights, which must not be quantised, and take it out of the network."""
-    for _, _, layer in _adapted_layers(network):
+    for _, _, layer in adapted_layers(network):
         layer.base_layer.weight += layer.get_delta_weight(ADAPTER).to(layer.base_layer.weight)
     remove_adapter(network)
 
@@ -142,7 +142,7 @@ def merge_adapter(network: nn.Module) -> None:
 @torch.no_grad()
 def merged_weights(network: Any) -> dict[str, Tensor]:
     """Return the state of the network as if it had neither adapter nor quantised weights; what is equal is shared."""
-    adapted = {id(layer.base_layer): layer for _, _, layer in _adapted_layers(network)}
+    adapted = {id(layer.base_layer): layer for _, _, layer in adapted_layers(network)}
     state: dict[str, Tensor] = {}
     for path, layer in network.named_modules():
         if ".lora_" in path:
@@ -176,7 +176,7 @@ def _fan_in_fan_out(network: nn.Module, targets: Sequence[str]) -> bool:
     )
 
 
-def _adapted_layers(network: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+def adapted_layers(network: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """Yield each layer with an adapter, its parent, and its name there."""
     from peft.tuners.lora import LoraLayer
 

@@ -1,5 +1,6 @@
 """From prompts to a rollout: responses sampled token by token."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,10 +9,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rlhf_lightning.functional.masking import through_first
-from rlhf_lightning.networks.sharding import waits_for_others
+from rlhf_lightning.networks.sharding import is_sharded, waits_for_others
 from rlhf_lightning.rollout.draw import noise
 from rlhf_lightning.rollout.in_slots import sample_in_slots
 from rlhf_lightning.rollout.slots import has_plain_cache
+from rlhf_lightning.rollout.stand_ins import stand_ins
 from rlhf_lightning.rollout.stepwise import sample_stepwise
 from rlhf_lightning.types import PromptBatch, SampledRollout
 
@@ -87,9 +89,10 @@ def sample_tokens(
     """
     uniform = noise(len(prompt_tokens), max_new_tokens, generator)
     plain = has_plain_cache(policy) and not waits_for_others(policy)
-    tokens, logprobs = (sample_in_slots if plain else sample_stepwise)(
-        policy, prompt_tokens, prompt_mask, uniform, temperature=temperature, stop_tokens=stop_tokens
-    )
+    with nullcontext() if is_sharded(policy) else stand_ins(policy):
+        tokens, logprobs = (sample_in_slots if plain else sample_stepwise)(
+            policy, prompt_tokens, prompt_mask, uniform, temperature=temperature, stop_tokens=stop_tokens
+        )
     # Up to the end of the longest response, and each ended one filled up.
     ended = torch.isin(tokens, stop_tokens)
     lengths = through_first(tokens, stop_tokens).sum(dim=1)

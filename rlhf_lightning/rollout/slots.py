@@ -28,10 +28,11 @@ class Places:
         self.positions = positions[:in_use]
         self.span = span
 
-    def mask(self) -> Tensor:
-        """Return which positions each slot sees, (N, 1, 1, span): its own and all before."""
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """Return what is added to a slot's attention, (N, 1, 1, span): 0 up to its own position, -inf behind."""
         columns = torch.arange(self.span, device=self.positions.device)
-        return (columns <= self.positions.unsqueeze(1))[:, None, None]
+        behind = columns > self.positions.unsqueeze(1)
+        return torch.zeros_like(behind, dtype=dtype).masked_fill(behind, -torch.inf)[:, None, None]
 
 
 class SlotLayer(CacheLayerMixin):
@@ -43,26 +44,28 @@ class SlotLayer(CacheLayerMixin):
         """Make room in the type and on the device of a layer that has been filled."""
         super().__init__()
         keys, values = cast(Tensor, like.keys), cast(Tensor, like.values)
-        self.all_keys = keys.new_zeros(slots, keys.shape[1], capacity, keys.shape[3])
-        self.all_values = values.new_zeros(slots, values.shape[1], capacity, values.shape[3])
+        kind = kept_in(keys)
+        self.all_keys = keys.new_zeros(slots, keys.shape[1], capacity, keys.shape[3], dtype=kind)
+        self.all_values = values.new_zeros(slots, values.shape[1], capacity, values.shape[3], dtype=kind)
         self.is_initialized = True
         self.places = Places(torch.zeros(slots, dtype=torch.long, device=keys.device), slots, capacity)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the states of one new token a slot; return those of all tokens that can be seen."""
         positions, span = self.places.positions, self.places.span
-        slots = len(positions)
-        at = positions[:, None, None, None]
-        for all_states, states in ((self.all_keys, key_states), (self.all_values, value_states)):
-            all_states[:slots].scatter_(2, at.expand(-1, states.shape[1], 1, states.shape[3]), states)
-        return self.all_keys[:slots, :, :span], self.all_values[:slots, :, :span]
+        slots = torch.arange(len(positions), device=positions.device).unsqueeze(1)
+        heads = torch.arange(key_states.shape[1], device=positions.device)
+        at = (slots, heads, positions.unsqueeze(1))
+        self.all_keys.index_put_(at, key_states.squeeze(2).to(self.all_keys))
+        self.all_values.index_put_(at, value_states.squeeze(2).to(self.all_values))
+        return self.all_keys[: len(positions), :, :span], self.all_values[: len(positions), :, :span]
 
     def fill(self, slots: Tensor, layer: DynamicLayer, rows: Tensor, columns: Tensor) -> None:
         """Take over prompts: slot ``slots[i]`` gets row ``rows[i]``, in the order of its ``columns`` (rows, P)."""
         for all_states, states in ((self.all_keys, layer.keys), (self.all_values, layer.values)):
             states = cast(Tensor, states)
             order = columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-            all_states[slots, :, : columns.shape[1]] = states.gather(2, order)[rows]
+            all_states[slots, :, : columns.shape[1]] = states.gather(2, order)[rows].to(all_states)
 
     def move(self, kept: Tensor) -> None:
         """Bring the slots ``kept`` (N,) to the front, in their order."""
@@ -85,6 +88,12 @@ class SlotLayer(CacheLayerMixin):
         return int(self.all_keys.shape[2])
 
 
+def kept_in(states: Tensor) -> torch.dtype:
+    """Return the type in which attention reads states: their own, or under autocast that of its arithmetic."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
 def attend_from_one_token(
     module: nn.Module,
     query: Tensor,
@@ -104,7 +113,7 @@ def attend_from_one_token(
             f"sampler=builtin does not know the softcap={softcap} of this network; use sampler=transformers"
         )
     rows, heads, _, size = query.shape
-    packed = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
+    packed = query.reshape(rows, key.shape[1], heads // key.shape[1], size).to(key)
     attended = scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
     return attended.reshape(rows, 1, heads, value.shape[3]), None
 
@@ -209,7 +218,7 @@ class Slots:
         with one_token_attention(policy):
             output = network(
                 input_ids=self.tokens[:in_use].unsqueeze(1),
-                attention_mask=places.mask(),
+                attention_mask=places.mask(self.layers[0].all_keys.dtype),
                 position_ids=self.positions[:in_use].unsqueeze(1),
                 past_key_values=self.cache,
                 use_cache=True,
