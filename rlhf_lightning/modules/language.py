@@ -1,5 +1,6 @@
 """What the three stages share: a Hugging Face network with its tokenizer, and the way to write it back."""
 
+import logging
 import math
 import warnings
 from collections.abc import Iterable
@@ -36,6 +37,7 @@ from rlhf_lightning.networks import (
     save_pretrained,
 )
 from rlhf_lightning.networks.sharding import shard
+from rlhf_lightning.preflight import check_rounding
 from rlhf_lightning.preflight.out_of_memory import naming_phase
 from rlhf_lightning.preflight.stages import supervised_memory
 from rlhf_lightning.types import Export, Record, SFTBatch
@@ -43,11 +45,15 @@ from rlhf_lightning.types import Export, Record, SFTBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 
 class LanguageModule(LightningModule):
     """A LightningModule around one trained Hugging Face network."""
 
     tokenizer: "PreTrainedTokenizerBase | None"
+
+    learning_rate: float
 
     optimizer: OptimizerName
 
@@ -109,6 +115,12 @@ class LanguageModule(LightningModule):
             mesh = check_mesh(self.device_mesh)
             for network in networks:
                 shard(network, mesh)
+
+    def on_train_start(self) -> None:
+        """Warn where weights are too coarse for the steps; PPO's preflight says it together with all else."""
+        rounding = check_rounding({self.network: self.learning_rate})
+        if self.automatic_optimization and rounding.status == "warning" and self.trainer.is_global_zero:
+            log.warning("%s", rounding)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Note the batch for the next update, which may be made from several."""
