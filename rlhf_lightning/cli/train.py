@@ -11,6 +11,7 @@ from rlhf_lightning.cli.build import build, build_all
 from rlhf_lightning.cli.checks import Config, check, check_strategy, plain
 from rlhf_lightning.cli.console import quieten_libraries
 from rlhf_lightning.cli.interrupts import resumable, this_command
+from rlhf_lightning.cli.lock import LOCK, only_run_in
 from rlhf_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ ROOT_KEYS = [
 
 
 def run(config: DictConfig) -> float | None:
-    """Train, say where everything is, and return the validation loss or score for a sweep to look at."""
+    """Train, say where everything is, and return the validation loss or score for a sweep to look at.
+
+    Raises `InputError` where another run is at work in ``output_dir``.
+    """
     settings = plain(config)
     ckpt_path = checkpoint(settings["ckpt_path"], settings["output_dir"])
     check(settings, known=ROOT_KEYS)
@@ -54,6 +58,11 @@ def run(config: DictConfig) -> float | None:
 
         replay(settings, ckpt_path)
         return None
+    with only_run_in(settings["output_dir"]):
+        return _fit(settings, ckpt_path)
+
+
+def _fit(settings: Config, ckpt_path: str | None) -> float | None:
     # The Trainer first: a strategy that is not there is said before networks are loaded.
     trainer = build_trainer(settings)
     module: LightningModule = build("module", settings["module"])
@@ -168,4 +177,5 @@ def _say_where(trainer: "Trainer", settings: Config) -> None:
     if trainer.is_global_zero:
         print(f"\n{trainer.global_step} steps. Written to {settings['output_dir']}")
         for entry in sorted(Path(settings["output_dir"]).iterdir()):
-            print(f"  {entry.name}{'/' if entry.is_dir() else ''}")
+            if entry.name != LOCK:
+                print(f"  {entry.name}{'/' if entry.is_dir() else ''}")
