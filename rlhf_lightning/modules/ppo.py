@@ -95,6 +95,7 @@ class PPOModule(LanguageModule):
 
     never_changed = ("reference.", "reward.")
     stage = "ppo"
+    reads = PromptBatch
     update_is_made_from = Experience
 
     def __init__(
@@ -281,10 +282,12 @@ class PPOModule(LanguageModule):
         """Open the stream of pretraining batches at the place where an earlier run left it."""
         if self.ptx_data is not None:
             self.ptx_batches = BatchStream(self.ptx_data, self.trainer)
+            self.check_tokenizer(self.ptx_data)
             self.ptx_batches.drawn = self.ptx_drawn
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Look at the run before its first update; one that goes on from a checkpoint is past that."""
+        self.check_batch(batch)
         if self.preflight and self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
             self._require_preflight(batch)
             # A second `fit` of this module goes on from weights that were trained.

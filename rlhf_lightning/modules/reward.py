@@ -47,6 +47,7 @@ class RewardModule(LanguageModule):
     """
 
     stage = "reward"
+    reads = ComparisonBatch
     update_is_made_from = ComparisonBatch
 
     def __init__(

@@ -32,6 +32,7 @@ class SFTModule(LanguageModule):
     """
 
     stage = "sft"
+    reads = SFTBatch
     update_is_made_from = SFTBatch
 
     def __init__(

@@ -32,9 +32,11 @@ def test_a_second_run_is_kept_out_as_long_as_the_first_lives_and_no_longer() -> 
     first = fork.Process(target=hold_and_say, args=(there,))
     first.start()
     assert here.recv() == "held"
-    with pytest.raises(InputError, match=rf"output_dir=out is in use by another run \(process {first.pid} on "):
-        with only_run_in("out"):
-            pass
+    with (
+        pytest.raises(InputError, match=rf"output_dir=out is in use by another run \(process {first.pid} on "),
+        only_run_in("out"),
+    ):
+        pass
     with only_run_in("other"):
         pass
     assert first.pid is not None
@@ -51,9 +53,8 @@ def test_a_fork_of_a_run_that_was_killed_keeps_others_out_while_it_lives() -> No
         child = os.fork()
         if child == 0:
             signal.pause()
-    with pytest.raises(InputError, match="in use"):
-        with only_run_in("out"):
-            pass
+    with pytest.raises(InputError, match="in use"), only_run_in("out"):
+        pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     with only_run_in("out"):
@@ -67,9 +68,8 @@ def test_only_the_first_process_of_a_run_takes_the_lock(name: str, monkeypatch: 
         with only_run_in("out"):
             pass
         monkeypatch.setenv(name, "0")
-        with pytest.raises(InputError, match="in use"):
-            with only_run_in("out"):
-                pass
+        with pytest.raises(InputError, match="in use"), only_run_in("out"):
+            pass
 
 
 @pytest.mark.parametrize("verb", ["train", "pipeline"])
