@@ -90,7 +90,7 @@ def checkpoint(ckpt_path: str | None, output_dir: str) -> str | None:
     """
     if ckpt_path is None:
         return None
-    from rlhf_lightning.callbacks.checkpoint_file import fault, newest_whole
+    from rlhf_lightning.callbacks.checkpoint_file import fault, is_of_a_trainer, newest_whole
 
     if ckpt_path in ("last", "auto"):
         newest = newest_whole(Path(output_dir, CHECKPOINTS))
@@ -102,6 +102,11 @@ def checkpoint(ckpt_path: str | None, output_dir: str) -> str | None:
     reason = fault(Path(ckpt_path))
     if reason is not None:
         raise InputError(f"ckpt_path={ckpt_path}: {reason}")
+    if not is_of_a_trainer(Path(ckpt_path)):
+        raise InputError(
+            f"ckpt_path={ckpt_path} is no checkpoint of a training run: a network to start from is a Hugging Face "
+            "folder, given as network.pretrained"
+        )
     return ckpt_path
 
 

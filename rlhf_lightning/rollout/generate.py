@@ -101,6 +101,11 @@ def sample_tokens(
             logits_to_keep=1,
         )
         if cache is None:
+            if "past_key_values" not in output:
+                raise InputError(
+                    f"{type(network).__name__} keeps no past_key_values, which sampling goes on from: "
+                    "network.pretrained must name a network with attention, such as GPT-2 or Llama"
+                )
             cache = output.past_key_values
             make_room(cache, max_new_tokens - 1)
         tokens = draw(output.logits[:, -1], temperature=temperature, generator=generator)
