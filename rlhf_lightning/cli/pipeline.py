@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from rlhf_lightning.cli.build import build, build_all
+from rlhf_lightning.cli.build import build, build_all, trainers_refusals
 from rlhf_lightning.cli.checks import Config, check, check_strategy, leaves, plain
 from rlhf_lightning.cli.console import quieten_libraries
 from rlhf_lightning.cli.interrupts import resumable, this_command
@@ -415,7 +415,7 @@ def train(settings: Config, stage: str, folder: Path, callbacks: "list[Callback]
     of_stage = stage_settings(settings, stage, folder, checkpoints)
     of_stage["logger"] = same_wandb_run(of_stage["logger"], ckpt_path)
     trainer = build_trainer(of_stage, [*callbacks, history])
-    with closing_loggers(trainer.loggers):
+    with closing_loggers(trainer.loggers), trainers_refusals():
         log_settings(trainer, settings)
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return {

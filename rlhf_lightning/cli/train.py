@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from rlhf_lightning.cli.build import build, build_all
+from rlhf_lightning.cli.build import build, build_all, trainers_refusals
 from rlhf_lightning.cli.checks import Config, check, check_strategy, plain
 from rlhf_lightning.cli.console import quieten_libraries
 from rlhf_lightning.cli.interrupts import resumable, this_command
@@ -69,7 +69,7 @@ def _fit(settings: Config, ckpt_path: str | None) -> float | None:
     data: LightningDataModule = build("data", settings["data"])
     with closing_loggers(trainer.loggers):
         log_settings(trainer, settings)
-        with resumable(lambda: _how_to_go_on(settings)):
+        with resumable(lambda: _how_to_go_on(settings)), trainers_refusals():
             trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     _say_where(trainer, settings)
     return objective(trainer)
@@ -180,7 +180,9 @@ def _how_to_go_on(settings: Config) -> str | None:
 
 def _say_where(trainer: "Trainer", settings: Config) -> None:
     if trainer.is_global_zero:
-        print(f"\n{trainer.global_step} steps. Written to {settings['output_dir']}")
+        nothing = " (nothing was trained: trainer.max_steps, max_epochs or limit_train_batches is 0)"
+        steps = f"{trainer.global_step} steps{'' if trainer.global_step else nothing}"
+        print(f"\n{steps}. Written to {settings['output_dir']}")
         for entry in sorted(Path(settings["output_dir"]).iterdir()):
             if entry.name != LOCK:
                 print(f"  {entry.name}{'/' if entry.is_dir() else ''}")

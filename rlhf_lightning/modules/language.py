@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from rlhf_lightning.callbacks import ExactResume
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, check_number
 from rlhf_lightning.functional.dtensors import whole
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
@@ -80,6 +80,10 @@ class LanguageModule(LightningModule):
         """Take the folder's tokenizer unless one is given; a bare network may get it from the DataModule."""
         super().__init__()
         self.bad_updates = BadUpdates(max_bad_updates)
+        if isinstance(tokenizer, str | Path):
+            raise InputError(
+                f"tokenizer={tokenizer!r} must be a tokenizer and not its name: load_tokenizer({str(tokenizer)!r})"
+            )
         if isinstance(model, NetworkConfig) and model.quantization != "none" and model.lora is None:
             raise InputError(
                 f"network.quantization={model.quantization} needs network.lora (network=lora): quantised weights "
@@ -364,9 +368,11 @@ def check_optimization(
     """Raise `InputError` where a setting of optimizer or schedule is out of its range."""
     if lr_schedule not in get_args(Schedule):
         raise InputError(f"lr_schedule={lr_schedule} must be one of {', '.join(get_args(Schedule))}")
+    check_number("lr_floor", lr_floor)
     if not 0 <= lr_floor <= 1:
         raise InputError(f"lr_floor={lr_floor} must lie in [0, 1]")
     for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
+        check_number(name, value)
         if not 0 <= value < math.inf:
             raise InputError(f"{name}={value} must not be negative, and finite")
     if not isinstance(warmup_steps, int) or warmup_steps < 0:

@@ -39,7 +39,7 @@ from rlhf_lightning.modules.language import (
     trained_weights,
     without_dropout_on_purpose,
 )
-from rlhf_lightning.modules.ppo_checks import CriticKind, KLPenalty, LossMean, check_settings
+from rlhf_lightning.modules.ppo_checks import CriticKind, KLPenalty, LossMean, check_settings, without_effect
 from rlhf_lightning.modules.ptx import BatchStream
 from rlhf_lightning.modules.sharding import Gathering, gathered_where_wanted
 from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
@@ -158,6 +158,7 @@ class PPOModule(LanguageModule):
         check_settings(locals())
         super().__init__(model, tokenizer, max_bad_updates=max_bad_updates)
         self.automatic_optimization = False
+        self.without_effect = without_effect(locals(), PPOModule)
         self.policy = load_policy(model).eval()
         self.lora = model.lora if isinstance(model, NetworkConfig) else None
         self.shares_backbone = isinstance(model, NetworkConfig) and model.roles == "shared"

@@ -31,13 +31,17 @@ REASON = 300
 """Characters of a library's own words that are passed on."""
 
 
+DType = Literal["float32", "bfloat16", "float16"]
+"""Types that weights are trained in."""
+
+
 @dataclass(frozen=True)
 class NetworkConfig:
     """Which pre-trained network to load, and how."""
 
     pretrained: str
     """Hugging Face folder or hub name."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: DType = "float32"
     """Type of the weights in memory; mixed precision is the Trainer's matter."""
     attn_implementation: str | None = None
     """"sdpa", "eager", "flash_attention_2" ...; the library chooses where it is not given."""
@@ -59,7 +63,7 @@ class NetworkConfig:
         lora: object = self.lora
         if isinstance(lora, Mapping):
             object.__setattr__(self, "lora", LoRA(**lora))
-        choices = {"quantization": get_args(Quantization), "roles": get_args(Roles)}
+        choices = {"dtype": get_args(DType), "quantization": get_args(Quantization), "roles": get_args(Roles)}
         for name, allowed in choices.items():
             if (value := vars(self)[name]) not in allowed:
                 raise InputError(f"network.{name}={value!r} must be one of {', '.join(allowed)}")

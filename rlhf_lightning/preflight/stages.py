@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.preflight.effect import check_effect
 from rlhf_lightning.preflight.findings import Finding, untouched
 from rlhf_lightning.preflight.memory import (
     RoleMemory,
@@ -78,6 +79,8 @@ class SFTRun(Run, Protocol):
 class RewardRun(Run, Protocol):
     """Training of a reward model."""
 
+    margin_coef: float
+
     def __call__(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the scores (B,) of sequences padded on the right."""
 
@@ -106,6 +109,8 @@ class PPORun(SFTRun, Protocol):
         """The reward."""
 
     critic_learning_rate: float
+    target_kl: float | None
+    without_effect: list[str]
     samples_per_prompt: int
     minibatch_size: int
     micro_batch_size: int
@@ -126,6 +131,7 @@ def check_ppo(run: PPORun, batch: PromptBatch) -> list[Finding]:
         return [
             *_check_tokenizer(run.required_tokenizer, batch.texts, _first_conversation(batch), found_by_id=False),
             *_check_networks(run, batch),
+            check_effect([*run.without_effect, *_idle_target_kl(run, len(batch))]),
             check_rounding({run.policy: run.learning_rate} | _critic_and_rate(run)),
             check_ppo_memory(run, batch),
         ]
@@ -169,6 +175,7 @@ def check_reward(
                 max_positions=run.max_positions,
             ),
             check_spread(scores, texts, batch.prompt_index.tolist(), model=True),
+            check_effect(_idle_margin(run, batch)),
             check_rounding({run.network: run.learning_rate}),
             check_supervised_memory(run, batch),
         ]
@@ -249,6 +256,19 @@ def supervised_memory(run: Run, batch: SFTBatch | ComparisonBatch) -> tuple[dict
         return roles, {}
     logits = length if isinstance(batch, SFTBatch) else 0
     return roles, {"updating": update_bytes(run.network, sequences=len(batch), length=length, logits=logits)}
+
+
+def _idle_target_kl(run: PPORun, prompts: int) -> list[str]:
+    sequences = ppo_sizes(run, prompts, rollouts=1, processes=1).sequences
+    if run.target_kl is None or run.ppo_epochs * sequences > run.minibatch_size:
+        return []
+    return [f"target_kl={run.target_kl} counts only with several updates of a rollout (ppo_epochs, minibatch_size)"]
+
+
+def _idle_margin(run: RewardRun, batch: ComparisonBatch) -> list[str]:
+    if not run.margin_coef or batch.ratings.any():
+        return []
+    return [f"margin_coef={run.margin_coef} counts only with rows that have a margin or ratings, and none here has"]
 
 
 def _critic_and_rate(run: PPORun) -> dict[nn.Module, float]:

@@ -271,3 +271,9 @@ def test_an_encoder_is_no_policy(folder: Path) -> None:
     # Its config says that it is no decoder, but it is one.
     GPTNeoXForCausalLM(GPTNeoXConfig(**settings, intermediate_size=32)).save_pretrained(folder)
     assert load_policy(folder).config.is_decoder is False
+
+
+def test_a_type_that_weights_cannot_have_is_refused() -> None:
+    wrong: Any = "fp32"
+    with pytest.raises(InputError, match=r"network\.dtype='fp32' must be one of float32, bfloat16, float16"):
+        NetworkConfig("folder", dtype=wrong)
