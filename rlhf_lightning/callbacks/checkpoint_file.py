@@ -108,6 +108,14 @@ def fault(checkpoint: Path) -> str | None:
     return None if broken is None else f"corrupted: the checksum of {broken} does not fit"
 
 
+def is_of_a_trainer(checkpoint: Path) -> bool:
+    """Return whether a whole checkpoint was written by a Trainer, and is no bare dictionary. Nothing is unpickled."""
+    with zipfile.ZipFile(checkpoint / LAST_OF_FOLDER if checkpoint.is_dir() else checkpoint) as archive:
+        pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        # Pickles hold the keys of a dictionary as they are.
+        return any(b"pytorch-lightning_version" in archive.read(name) for name in pickles)
+
+
 def checkpoints(folder: Path) -> Iterator[Path]:
     """Yield the checkpoints of a folder, the newest first, without the links to them."""
     found = [path for path in folder.glob(f"*{SUFFIX}") if not path.is_symlink()]

@@ -12,7 +12,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_lightning.cli.interrupts import CTRL_C, NOTHING_KEPT, Stopped
@@ -103,7 +103,9 @@ def _command_of_this_job(program: str, verb: str, flags: Sequence[str]) -> list[
     """Return the command line that repeats this job alone, in the same directory: what Lightning starts ranks with."""
     job = HydraConfig.get()
     not_swept = [flag for flag in flags if flag not in ("-m", "--multirun")]
-    overrides = [o for o in job.overrides.task if not o.startswith("output_dir=")]
+    # As they were typed: an interpolation in them means the job's config, and not Hydra's.
+    typed: Any = OmegaConf.to_container(job.overrides.task, resolve=False)
+    overrides = [o for o in typed if not o.startswith("output_dir=")]
     return [program, verb, *not_swept, *overrides, f"output_dir={quoted(job.runtime.output_dir)}"]
 
 

@@ -1,7 +1,8 @@
 """From checked settings to objects."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -39,6 +40,20 @@ def build(path: str, node: Config, **arguments: Any) -> Any:
                 raise InputError(f"{path}: {instead}") from error
         if isinstance(error.__cause__, ValueError | MisconfigurationException | ModuleNotFoundError):
             raise InputError(f"{path}: {error.__cause__}") from error
+        raise
+
+
+@contextmanager
+def trainers_refusals() -> Iterator[None]:
+    """Raise `InputError` where the Trainer finds in the block that its settings do not go with the data."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
+    except (MisconfigurationException, ValueError) as error:
+        # What it looks at before it starts has no kind of its own.
+        if isinstance(error, MisconfigurationException) or "`val_check_interval`" in str(error):
+            raise InputError(f"trainer: {str(error).strip()}") from error
         raise
 
 

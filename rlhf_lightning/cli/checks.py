@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_lightning.cli.suggestions import did_you_mean
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, check_seed
 
 Config = dict[str, Any]
 
@@ -36,7 +36,8 @@ def plain(config: DictConfig) -> Config:
             raise InputError("\n".join(_missing(key) for key in missing))
         return typing.cast(Config, OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
-        raise InputError(f"the config cannot be resolved: {str(error).splitlines()[0]}") from error
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise InputError(f"{where}the config cannot be resolved: {str(error).splitlines()[0]}") from error
 
 
 def check(config: Config, *, known: Sequence[str]) -> None:
@@ -50,6 +51,8 @@ def check(config: Config, *, known: Sequence[str]) -> None:
         if key not in known and near:
             raise InputError(f"{key} is not a setting{near}")
     _check_data_root(config)
+    if "seed" in config:
+        check_seed("seed", config["seed"])
     for path, node in target_nodes(config, ""):
         _check_node(path, node)
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from rlhf_lightning.cli.build import build, build_all
+from rlhf_lightning.cli.build import build, build_all, trainers_refusals
 from rlhf_lightning.cli.checks import Config, check, check_strategy, leaves, plain
 from rlhf_lightning.cli.console import quieten_libraries
 from rlhf_lightning.cli.interrupts import resumable, this_command
+from rlhf_lightning.cli.lock import only_run_in
 from rlhf_lightning.cli.progress import Progress
 from rlhf_lightning.cli.rehearsal import bare_trainer, look_at_rows, rehearse
 from rlhf_lightning.cli.stages import Records, run_stage
@@ -49,7 +50,7 @@ def run(config: DictConfig) -> None:
         check_strategy(module, settings["trainer"][stage])
     quieten_libraries()
     pipeline = Pipeline(settings)
-    with resumable(pipeline.how_to_go_on):
+    with only_run_in(settings["output_dir"]), resumable(pipeline.how_to_go_on):
         pipeline.run()
 
 
@@ -414,7 +415,7 @@ def train(settings: Config, stage: str, folder: Path, callbacks: "list[Callback]
     of_stage = stage_settings(settings, stage, folder, checkpoints)
     of_stage["logger"] = same_wandb_run(of_stage["logger"], ckpt_path)
     trainer = build_trainer(of_stage, [*callbacks, history])
-    with closing_loggers(trainer.loggers):
+    with closing_loggers(trainer.loggers), trainers_refusals():
         log_settings(trainer, settings)
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return {

@@ -75,6 +75,7 @@ def look(
         tried("length", lambda: findings.append(lengths_of(data)))
     sizes: list[Size] = []
     if data.train_items:
+        module.check_batch(data.collate(data.pad_token_id)(data.train_items[:1]))
         finding, sizes = sizes_of(plan, module, data)
         findings.append(finding)
         tried("networks", lambda: findings.extend(look_at_rows(here, module, data)))

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from rlhf_lightning.cli.build import build, build_all
+from rlhf_lightning.cli.build import build, build_all, trainers_refusals
 from rlhf_lightning.cli.checks import Config, check, check_strategy, plain
 from rlhf_lightning.cli.console import quieten_libraries
 from rlhf_lightning.cli.interrupts import resumable, this_command
+from rlhf_lightning.cli.lock import LOCK, only_run_in
 from rlhf_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ ROOT_KEYS = [
 
 
 def run(config: DictConfig) -> float | None:
-    """Train, say where everything is, and return the validation loss or score for a sweep to look at."""
+    """Train, say where everything is, and return the validation loss or score for a sweep to look at.
+
+    Raises `InputError` where another run is at work in ``output_dir``.
+    """
     settings = plain(config)
     ckpt_path = checkpoint(settings["ckpt_path"], settings["output_dir"])
     check(settings, known=ROOT_KEYS)
@@ -54,13 +58,18 @@ def run(config: DictConfig) -> float | None:
 
         replay(settings, ckpt_path)
         return None
+    with only_run_in(settings["output_dir"]):
+        return _fit(settings, ckpt_path)
+
+
+def _fit(settings: Config, ckpt_path: str | None) -> float | None:
     # The Trainer first: a strategy that is not there is said before networks are loaded.
     trainer = build_trainer(settings)
     module: LightningModule = build("module", settings["module"])
     data: LightningDataModule = build("data", settings["data"])
     with closing_loggers(trainer.loggers):
         log_settings(trainer, settings)
-        with resumable(lambda: _how_to_go_on(settings)):
+        with resumable(lambda: _how_to_go_on(settings)), trainers_refusals():
             trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     _say_where(trainer, settings)
     return objective(trainer)
@@ -81,7 +90,7 @@ def checkpoint(ckpt_path: str | None, output_dir: str) -> str | None:
     """
     if ckpt_path is None:
         return None
-    from rlhf_lightning.callbacks.checkpoint_file import fault, newest_whole
+    from rlhf_lightning.callbacks.checkpoint_file import fault, is_of_a_trainer, newest_whole
 
     if ckpt_path in ("last", "auto"):
         newest = newest_whole(Path(output_dir, CHECKPOINTS))
@@ -93,6 +102,11 @@ def checkpoint(ckpt_path: str | None, output_dir: str) -> str | None:
     reason = fault(Path(ckpt_path))
     if reason is not None:
         raise InputError(f"ckpt_path={ckpt_path}: {reason}")
+    if not is_of_a_trainer(Path(ckpt_path)):
+        raise InputError(
+            f"ckpt_path={ckpt_path} is no checkpoint of a training run: a network to start from is a Hugging Face "
+            "folder, given as network.pretrained"
+        )
     return ckpt_path
 
 
@@ -166,6 +180,9 @@ def _how_to_go_on(settings: Config) -> str | None:
 
 def _say_where(trainer: "Trainer", settings: Config) -> None:
     if trainer.is_global_zero:
-        print(f"\n{trainer.global_step} steps. Written to {settings['output_dir']}")
+        nothing = " (nothing was trained: trainer.max_steps, max_epochs or limit_train_batches is 0)"
+        steps = f"{trainer.global_step} steps{'' if trainer.global_step else nothing}"
+        print(f"\n{steps}. Written to {settings['output_dir']}")
         for entry in sorted(Path(settings["output_dir"]).iterdir()):
-            print(f"  {entry.name}{'/' if entry.is_dir() else ''}")
+            if entry.name != LOCK:
+                print(f"  {entry.name}{'/' if entry.is_dir() else ''}")

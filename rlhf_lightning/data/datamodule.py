@@ -17,7 +17,7 @@ from rlhf_lightning.data.formats import asked, group_of
 from rlhf_lightning.data.reading import Row, Source, file_of_split, read_rows
 from rlhf_lightning.data.sampling import EpochSampler
 from rlhf_lightning.data.tokenizing import Encoder, require_token
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, check_number, check_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,6 +82,14 @@ class TextDataModule(LightningDataModule, Generic[Item]):
     ) -> None:
         """Take the settings; raises `InputError` where one is out of its range."""
         super().__init__()
+        check_seed("data.seed", seed)
+        check_number("data.val_fraction", val_fraction)
+        for name, value in {"batch_size": batch_size, "num_workers": num_workers}.items():
+            check_number(f"data.{name}", value, whole=True)
+        if isinstance(tokenizer, str | Path):
+            raise InputError(f"tokenizer={tokenizer!r} must be a tokenizer and not its name")
+        if num_workers < 0:
+            raise InputError(f"data.num_workers={num_workers} must not be negative")
         if batch_size < 1:
             raise InputError(f"data.batch_size={batch_size} must be at least 1")
         if not 0 <= val_fraction < 1:
@@ -226,21 +234,23 @@ class TextDataModule(LightningDataModule, Generic[Item]):
         rows = self.read(self.path, split=self.split, setting="data.path")
         if self.val_path is not None:
             return rows, self.read(self.val_path, split=self.val_split or self.split, setting="data.val_path")
-        self._check_val_split()
+        self._check_splits()
         val_split = self.val_split or self._validation_file()
         if val_split is not None:
             return rows, self.read(self.path, split=val_split, setting="data.path")
         return split_by_group(rows, self.val_fraction, seed=self.seed, group=self.group)
 
-    def _check_val_split(self) -> None:
-        """Raise `InputError` where a file or rows are to be read again as another split: they have only one."""
+    def _check_splits(self) -> None:
+        """Raise `InputError` where another split of a file or of rows is wanted: they have only one."""
         one = not isinstance(self.path, str | Path) or Path(self.path).expanduser().is_file()
+        what = self.path if isinstance(self.path, str | Path) else "rows"
+        neither = f"names a file in a folder or a split on the hub, and data.path={what} is neither"
         if self.val_split is not None and one:
-            what = self.path if isinstance(self.path, str | Path) else "rows"
             raise InputError(
-                f"data.val_split={self.val_split} names a file in a folder or a split on the hub, and data.path={what} "
-                "is neither: pass data.val_path, or data.val_fraction to hold rows out"
+                f"data.val_split={self.val_split} {neither}: pass data.val_path, or data.val_fraction to hold rows out"
             )
+        if self.split != "train" and one:
+            raise InputError(f"data.split={self.split} {neither}: leave it out, all rows are read")
 
     def _validation_file(self) -> str | None:
         """Return the split ``validation`` where the path is a folder that holds one."""
@@ -326,6 +336,7 @@ def setting_limit(name: str, tokens: int | None) -> Limit | None:
     """Return the limit that a setting sets; raises `InputError` where it leaves room for nothing."""
     if tokens is None:
         return None
+    check_number(f"data.{name}", tokens, whole=True)
     if tokens < 2:
         raise InputError(f"data.{name}={tokens} must be at least 2")
     return Limit(tokens, f"data.{name}={tokens}")

@@ -151,6 +151,9 @@ def _text(row: Row, name: str, value: object) -> str:
         raise InputError(f"{row.origin}: {name} must be text; found {value!r} ({type(value).__name__})")
     if not value.strip():
         raise InputError(f"{row.origin}: {name} must not be empty; found {value!r}")
+    # What JSON can write, and no tokenizer can read: half of a character of UTF-16.
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError(f"{row.origin}: {name} has a lone surrogate, which is no character; found {value!r}")
     return value
 
 

@@ -1,5 +1,6 @@
 """What the three stages share: a Hugging Face network with its tokenizer, and the way to write it back."""
 
+import logging
 import math
 import warnings
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from rlhf_lightning.callbacks import ExactResume
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, check_number
 from rlhf_lightning.functional.dtensors import whole
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
@@ -36,18 +37,27 @@ from rlhf_lightning.networks import (
     save_pretrained,
 )
 from rlhf_lightning.networks.sharding import shard
+from rlhf_lightning.preflight import check_rounding
 from rlhf_lightning.preflight.out_of_memory import naming_phase
 from rlhf_lightning.preflight.stages import supervised_memory
+from rlhf_lightning.rollout.reward import same_tokenizer
 from rlhf_lightning.types import Export, Record, SFTBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+DATA_MODULES = {"sft": "SFTDataModule", "reward": "RewardDataModule", "ppo": "PPODataModule"}
+"""Which of the DataModules makes what a stage reads."""
 
 
 class LanguageModule(LightningModule):
     """A LightningModule around one trained Hugging Face network."""
 
     tokenizer: "PreTrainedTokenizerBase | None"
+
+    learning_rate: float
 
     optimizer: OptimizerName
 
@@ -60,6 +70,9 @@ class LanguageModule(LightningModule):
     stage: ClassVar[str]
     """What its metrics and files begin with."""
 
+    reads: ClassVar[type[Record]]
+    """The record that its data are batches of."""
+
     update_is_made_from: ClassVar[type[Record]]
     """The record that an update is made from, and that one that is not finite is kept as."""
 
@@ -67,6 +80,10 @@ class LanguageModule(LightningModule):
         """Take the folder's tokenizer unless one is given; a bare network may get it from the DataModule."""
         super().__init__()
         self.bad_updates = BadUpdates(max_bad_updates)
+        if isinstance(tokenizer, str | Path):
+            raise InputError(
+                f"tokenizer={tokenizer!r} must be a tokenizer and not its name: load_tokenizer({str(tokenizer)!r})"
+            )
         if isinstance(model, NetworkConfig) and model.quantization != "none" and model.lora is None:
             raise InputError(
                 f"network.quantization={model.quantization} needs network.lora (network=lora): quantised weights "
@@ -96,8 +113,11 @@ class LanguageModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Take the DataModule's tokenizer where the module has none, and let the precision plugin read our batches."""
         pass_records_by(self.trainer.precision_plugin)
-        if self.tokenizer is None and self._datamodule is not None:
-            self.tokenizer = self._datamodule.tokenizer
+        # Lightning sets the attribute when the Trainer is given a DataModule; plain loaders have none.
+        data = getattr(self.trainer, "datamodule", None)
+        if self.tokenizer is None:
+            self.tokenizer = _tokenizer_of(data)
+        self.check_tokenizer(data)
 
     def configure_model(self) -> None:
         """Leave each process its part of the weights where the Trainer's strategy shards them (FSDP2)."""
@@ -110,8 +130,15 @@ class LanguageModule(LightningModule):
             for network in networks:
                 shard(network, mesh)
 
+    def on_train_start(self) -> None:
+        """Warn where weights are too coarse for the steps; PPO's preflight says it together with all else."""
+        rounding = check_rounding({self.network: self.learning_rate})
+        if self.automatic_optimization and rounding.status == "warning" and self.trainer.is_global_zero:
+            log.warning("%s", rounding)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Note the batch for the next update, which may be made from several."""
+        """Look at the batch, and note it for the next update, which may be made from several."""
+        self.check_batch(batch)
         self.bad_updates.records.append(batch)
 
     def on_before_backward(self, loss: Tensor) -> None:
@@ -149,11 +176,19 @@ class LanguageModule(LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add how many updates were skipped."""
+        """Add of which stage it is, and how many updates were skipped."""
+        checkpoint["stage"] = self.stage
         checkpoint["bad_updates"] = self.bad_updates.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from what `on_save_checkpoint` added."""
+        """Go on from what `on_save_checkpoint` added; raises `InputError` where it is of another stage or version."""
+        if "stage" not in checkpoint or checkpoint["stage"] != self.stage:
+            found = f"of stage {checkpoint['stage']}" if "stage" in checkpoint else "not of this version of the package"
+            raise InputError(
+                f"ckpt_path: the checkpoint is {found}, and {type(self).__name__} goes on from one of stage "
+                f"{self.stage} only; to start from what another run trained, pass its exported folder as "
+                "network.pretrained, and ckpt_path=null"
+            )
         self.bad_updates.load_state_dict(checkpoint["bad_updates"])
 
     def replay(self, file: str | Path) -> list[str]:
@@ -202,12 +237,21 @@ class LanguageModule(LightningModule):
         return {name: state[name] for name in self.changed_by_training(state)}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` returned; raises `RuntimeError` where a weight is missing or unknown."""
-        keys = super().load_state_dict(state_dict, strict=False, assign=assign)
+        """Load what `state_dict` returned; raises `InputError` where a weight is missing, unknown or of other shape."""
+        try:
+            keys = super().load_state_dict(state_dict, strict=False, assign=assign)
+        except RuntimeError as error:
+            raise self._does_not_fit(str(error).splitlines()[1].strip()) from error
         missing = self.changed_by_training(keys.missing_keys)
         if missing or keys.unexpected_keys:
-            raise RuntimeError(f"checkpoint does not fit: missing {missing}, unexpected {keys.unexpected_keys}")
+            raise self._does_not_fit(f"missing {_first(missing)}, unexpected {_first(keys.unexpected_keys)}")
         return keys
+
+    def _does_not_fit(self, reason: str) -> InputError:
+        return InputError(
+            f"ckpt_path: the checkpoint does not fit {type(self).__name__}: {reason}; pass the settings of the run "
+            "that wrote it (network, network.lora, module)"
+        )
 
     def changed_by_training(self, names: Iterable[str]) -> list[str]:
         """Return those of the state's names that training changes: of a network with an adapter that, and its head."""
@@ -217,6 +261,31 @@ class LanguageModule(LightningModule):
         heads = [path for path, m in self.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
         ends = tuple(f"{path}.{name}" for path in heads for name in ("weight", "bias"))
         return [name for name in changed if ".lora_" in name or name.endswith(ends)]
+
+    def check_tokenizer(self, data: object) -> None:
+        """Raise `InputError` where the ids of a DataModule mean something else to the network, or its padding does."""
+        own, other = self.tokenizer, _tokenizer_of(data)
+        if own is None or other is None:
+            return
+        if not same_tokenizer(own, other) or own.pad_token_id != other.pad_token_id:
+            ours, theirs = (f"{len(t)} tokens, pad {t.pad_token!r}, end {t.eos_token!r}" for t in (own, other))
+            raise InputError(
+                f"the tokenizer of {type(data).__name__} ({theirs}) is not that of {type(self).__name__} ({ours}): the "
+                "network would read other tokens than were written; leave the DataModule's tokenizer=... out: it then "
+                "takes the module's"
+            )
+
+    def check_batch(self, batch: object) -> None:
+        """Raise `InputError` where a batch is not of the kind that the stage reads."""
+        if not isinstance(batch, self.reads):
+            raise InputError(
+                f"{type(self).__name__} reads batches of the type {self.reads.__name__}, as {self.stage} data are "
+                f"(data={self.stage}, in Python {DATA_MODULES[self.stage]}); the data given make {type(batch).__name__}"
+            )
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Look at the batch before anything reads it."""
+        self.check_batch(batch)
 
     @property
     def required_tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -238,10 +307,15 @@ class LanguageModule(LightningModule):
         counts = self.sum_over_ranks(torch.as_tensor(count, device=total.device, dtype=total.dtype))
         return total * self.trainer.world_size / counts
 
-    @property
-    def _datamodule(self) -> Any:
-        # Lightning sets the attribute when the Trainer is given a DataModule; plain loaders have none.
-        return getattr(self.trainer, "datamodule", None)
+
+def _tokenizer_of(data: object) -> "PreTrainedTokenizerBase | None":
+    # Not every DataModule has one.
+    return getattr(data, "tokenizer", None)
+
+
+def _first(names: list[str]) -> str:
+    more = len(names) - 3
+    return f"{names[:3]}" + (f" and {more} more" if more > 0 else "")
 
 
 def pass_records_by(plugin: Precision) -> None:
@@ -294,9 +368,11 @@ def check_optimization(
     """Raise `InputError` where a setting of optimizer or schedule is out of its range."""
     if lr_schedule not in get_args(Schedule):
         raise InputError(f"lr_schedule={lr_schedule} must be one of {', '.join(get_args(Schedule))}")
+    check_number("lr_floor", lr_floor)
     if not 0 <= lr_floor <= 1:
         raise InputError(f"lr_floor={lr_floor} must lie in [0, 1]")
     for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
+        check_number(name, value)
         if not 0 <= value < math.inf:
             raise InputError(f"{name}={value} must not be negative, and finite")
     if not isinstance(warmup_steps, int) or warmup_steps < 0:

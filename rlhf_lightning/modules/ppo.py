@@ -39,7 +39,7 @@ from rlhf_lightning.modules.language import (
     trained_weights,
     without_dropout_on_purpose,
 )
-from rlhf_lightning.modules.ppo_checks import CriticKind, KLPenalty, LossMean, check_settings
+from rlhf_lightning.modules.ppo_checks import CriticKind, KLPenalty, LossMean, check_settings, without_effect
 from rlhf_lightning.modules.ptx import BatchStream
 from rlhf_lightning.modules.sharding import Gathering, gathered_where_wanted
 from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
@@ -95,6 +95,7 @@ class PPOModule(LanguageModule):
 
     never_changed = ("reference.", "reward.")
     stage = "ppo"
+    reads = PromptBatch
     update_is_made_from = Experience
 
     def __init__(
@@ -157,6 +158,7 @@ class PPOModule(LanguageModule):
         check_settings(locals())
         super().__init__(model, tokenizer, max_bad_updates=max_bad_updates)
         self.automatic_optimization = False
+        self.without_effect = without_effect(locals(), PPOModule)
         self.policy = load_policy(model).eval()
         self.lora = model.lora if isinstance(model, NetworkConfig) else None
         self.shares_backbone = isinstance(model, NetworkConfig) and model.roles == "shared"
@@ -281,10 +283,12 @@ class PPOModule(LanguageModule):
         """Open the stream of pretraining batches at the place where an earlier run left it."""
         if self.ptx_data is not None:
             self.ptx_batches = BatchStream(self.ptx_data, self.trainer)
+            self.check_tokenizer(self.ptx_data)
             self.ptx_batches.drawn = self.ptx_drawn
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Look at the run before its first update; one that goes on from a checkpoint is past that."""
+        self.check_batch(batch)
         if self.preflight and self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
             self._require_preflight(batch)
             # A second `fit` of this module goes on from weights that were trained.

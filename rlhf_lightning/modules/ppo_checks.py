@@ -1,10 +1,11 @@
 """What PPO's settings may be, looked at before anything is loaded."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any, Literal, get_args
 
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, check_number, check_seed
 from rlhf_lightning.functional.schedules import Schedule
 from rlhf_lightning.modules.hardware import OptimizerName
 from rlhf_lightning.modules.sharding import Gathering
@@ -57,8 +58,37 @@ WHY = {
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise `InputError` where a setting is out of its range, or two contradict each other."""
+    _check_types(settings)
     _check_ranges(settings)
     _check_together(settings)
+
+
+def without_effect(settings: Mapping[str, Any], constructor: Callable[..., Any]) -> list[str]:
+    """Return what is not as the constructor has it, and for nothing, since other settings turn it off."""
+    defaults = signature(constructor).parameters
+    gae_alone = ("critic", "gamma", "lam", "value_coef", "value_clip_range", "critic_learning_rate")
+    counts_with = dict.fromkeys(gae_alone, ("advantage=gae", settings["advantage"] == "gae")) | {
+        "baseline": ("advantage=reinforce", settings["advantage"] == "reinforce"),
+        "clip_range": ("an advantage other than reinforce", settings["advantage"] != "reinforce"),
+        "adaptive_kl_horizon": ("adaptive_kl_target", settings["adaptive_kl_target"] is not None),
+        "kl_penalty": ("beta above 0", settings["beta"] > 0),
+        "lr_floor": ("lr_schedule=linear or cosine", settings["lr_schedule"] != "constant"),
+        "missing_eos_penalty": ("missing_eos=replace or subtract", settings["missing_eos"] != "mask"),
+    }
+    return [
+        f"{name}={settings[name]} counts only with {what}"
+        for name, (what, counts) in counts_with.items()
+        if not counts and settings[name] != defaults[name].default
+    ]
+
+
+def _check_types(settings: Mapping[str, Any]) -> None:
+    for name in (*NOT_NEGATIVE, *ABOVE_0, *AT_LEAST_1, "gamma", "lam", "lr_floor", "top_p"):
+        check_number(name, settings[name], whole=name in (*AT_LEAST_1, "warmup_steps"))
+    for name in (*ABOVE_0_OR_OFF, "ema_decay"):
+        if settings[name] is not None:
+            check_number(name, settings[name])
+    check_seed("seed", settings["seed"])
 
 
 def _check_ranges(settings: Mapping[str, Any]) -> None:
@@ -74,8 +104,6 @@ def _check_ranges(settings: Mapping[str, Any]) -> None:
     for name in ABOVE_0_OR_OFF:
         off = settings[name] is None
         _require(off or settings[name] > 0, name, settings[name], "must be above 0, or None to turn it off")
-    for name in (*AT_LEAST_1, "warmup_steps"):
-        _require(isinstance(settings[name], int), name, settings[name], "must be a whole number")
     for name in AT_LEAST_1:
         _require(settings[name] >= 1, name, settings[name], "must be at least 1")
     for name in (*NOT_NEGATIVE, *ABOVE_0, *ABOVE_0_OR_OFF):

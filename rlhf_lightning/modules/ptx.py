@@ -16,6 +16,7 @@ class BatchStream:
 
     def __init__(self, data: LightningDataModule, trainer: Trainer) -> None:
         """Set the DataModule up for the Trainer; raises `InputError` where it has no batch."""
+        self.data = data
         data.trainer = trainer
         data.prepare_data()
         data.setup("fit")
@@ -27,12 +28,17 @@ class BatchStream:
         self._next = -1
 
     def __next__(self) -> SFTBatch:
-        """Return the batch at ``drawn``, and count it."""
+        """Return the batch at ``drawn``, and count it; raises `InputError` where it is not one of texts."""
         if self._next != self.drawn:
             self._batches = self._from(self.drawn)
         self.drawn += 1
         self._next = self.drawn
-        return next(self._batches)
+        batch = next(self._batches)
+        if not isinstance(batch, SFTBatch):
+            raise InputError(
+                f"ptx_data must be an SFTDataModule; {type(self.data).__name__} makes {type(batch).__name__}"
+            )
+        return batch
 
     def put_back(self, batch: SFTBatch) -> None:
         """Return this batch the next time, in place of the one that is due."""

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, check_number, check_seed
 from rlhf_lightning.functional.losses import pairwise_logistic_loss, ranked_pairs, ranking_loss
 from rlhf_lightning.functional.masking import last_index
 from rlhf_lightning.functional.schedules import Schedule
@@ -47,6 +47,7 @@ class RewardModule(LanguageModule):
     """
 
     stage = "reward"
+    reads = ComparisonBatch
     update_is_made_from = ComparisonBatch
 
     def __init__(
@@ -86,6 +87,9 @@ class RewardModule(LanguageModule):
             lr_floor=lr_floor,
             warmup_steps=warmup_steps,
         )
+        check_seed("seed", seed)
+        for name, value in {"lm_coef": lm_coef, "margin_coef": margin_coef}.items():
+            check_number(name, value)
         if lm_coef < 0:
             raise InputError(f"lm_coef={lm_coef} must not be negative")
         if not 0 <= margin_coef < math.inf:

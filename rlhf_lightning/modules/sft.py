@@ -8,7 +8,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, check_number
 from rlhf_lightning.functional.schedules import Schedule
 from rlhf_lightning.modules.hardware import OptimizerName
 from rlhf_lightning.modules.language import (
@@ -32,6 +32,7 @@ class SFTModule(LanguageModule):
     """
 
     stage = "sft"
+    reads = SFTBatch
     update_is_made_from = SFTBatch
 
     def __init__(
@@ -60,6 +61,8 @@ class SFTModule(LanguageModule):
             lr_floor=lr_floor,
             warmup_steps=warmup_steps,
         )
+        if dropout is not None:
+            check_number("dropout", dropout)
         if dropout is not None and not 0 <= dropout < 1:
             raise InputError(f"dropout={dropout} must lie in [0, 1), or be None for the network's own")
         super().__init__(model, tokenizer, max_bad_updates=max_bad_updates)

@@ -51,16 +51,23 @@ def read_adapter(pretrained: str, revision: str | None = None) -> Adapter | None
     if found is None:
         return None
     from peft import PeftConfig
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config: Any = PeftConfig.from_pretrained(pretrained, revision=revision)
+    try:
+        config: Any = PeftConfig.from_pretrained(pretrained, revision=revision)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{pretrained!r} has a broken adapter_config.json ({error})") from error
     if str(config.peft_type.value) != "LORA" or config.use_dora or config.bias != "none":
         raise InputError(f"{pretrained!r} holds an adapter of another kind than plain LoRA (no DoRA, no biases)")
     try:
         file = str(cached_file(pretrained, WEIGHTS, revision=revision))
     except OSError as error:
         raise InputError(f"{pretrained!r} has no {WEIGHTS}; other files of weights are not opened") from error
-    return Adapter(pretrained, config, load_file(file))
+    try:
+        return Adapter(pretrained, config, load_file(file))
+    except SafetensorError as error:
+        raise InputError(f"{file} is broken, or was not copied whole ({error})") from error
 
 
 def check_same_shape(network: nn.Module, adapter: Adapter, lora: LoRA) -> None:

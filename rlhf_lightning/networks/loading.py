@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+REASON = 300
+"""Characters of a library's own words that are passed on."""
+
+
+DType = Literal["float32", "bfloat16", "float16"]
+"""Types that weights are trained in."""
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -34,7 +41,7 @@ class NetworkConfig:
 
     pretrained: str
     """Hugging Face folder or hub name."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: DType = "float32"
     """Type of the weights in memory; mixed precision is the Trainer's matter."""
     attn_implementation: str | None = None
     """"sdpa", "eager", "flash_attention_2" ...; the library chooses where it is not given."""
@@ -56,7 +63,7 @@ class NetworkConfig:
         lora: object = self.lora
         if isinstance(lora, Mapping):
             object.__setattr__(self, "lora", LoRA(**lora))
-        choices = {"quantization": get_args(Quantization), "roles": get_args(Roles)}
+        choices = {"dtype": get_args(DType), "quantization": get_args(Quantization), "roles": get_args(Roles)}
         for name, allowed in choices.items():
             if (value := vars(self)[name]) not in allowed:
                 raise InputError(f"network.{name}={value!r} must be one of {', '.join(allowed)}")
@@ -75,7 +82,7 @@ def load_policy(model: Model) -> "PreTrainedModel":
 
     With ``lora`` it has an adapter, and all else is frozen: a new one, or that of an adapter folder. Without, the
     adapter of such a folder is merged into its base. Raises `InputError` where the folder or name holds no causal
-    language model.
+    language model, or is broken.
     """
     from transformers import AutoModelForCausalLM
 
@@ -86,7 +93,7 @@ def load_policy(model: Model) -> "PreTrainedModel":
     if loading["missing_keys"]:
         raise InputError(
             f"network.pretrained={network.pretrained!r} cannot be loaded as AutoModelForCausalLM: its weights "
-            f"{sorted(loading['missing_keys'])} are missing, as in a reward model"
+            f"{sorted(loading['missing_keys'])} are missing, as in a reward model or an encoder"
         )
     if any(name.endswith("ForSequenceClassification") for name in policy.config.architectures or ()):
         # With tied embeddings no weight is missing.
@@ -94,6 +101,7 @@ def load_policy(model: Model) -> "PreTrainedModel":
             f"network.pretrained={network.pretrained!r} is a reward model ({policy.config.architectures[0]}), not a "
             "language model: its states were trained to be scored"
         )
+    _check_causal(policy, network)
     _fit_vocabulary(policy, load_tokenizer(model), network)
     _adapt(policy, network, adapter)
     if adapter is not None:
@@ -151,7 +159,7 @@ def load_tokenizer(model: str | Path | NetworkConfig) -> "PreTrainedTokenizerBas
     network = network_config(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(network.pretrained, revision=network.revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _not_loadable(network, "tokenizer", error) from error
     tokens = {"pad_token": network.pad_token, "eos_token": network.eos_token}
     tokenizer.add_special_tokens({name: token for name, token in tokens.items() if token is not None})
@@ -239,16 +247,37 @@ def _from_pretrained(auto_class: Any, network: NetworkConfig, **settings: Any) -
     try:
         # The checkpoint's own dtype is never taken over: bfloat16 weights would train in bfloat16 without a word.
         return auto_class.from_pretrained(network.pretrained, dtype=dtype, revision=network.revision, **settings)
-    except (OSError, ValueError, RuntimeError) as error:
+    # A broken file raises whatever comes first; only the user can mend it.
+    except Exception as error:
         raise _not_loadable(network, auto_class.__name__, error) from error
 
 
 def _not_loadable(network: NetworkConfig, what: str, error: Exception) -> InputError:
-    reason = str(error).strip().splitlines()[0]
+    why = "it is neither a Hugging Face folder nor a hub name that can be reached"
+    if Path(network.pretrained).is_dir():
+        why = "the folder is broken, not whole, or of another kind"
+    reason = " ".join(str(error).split())
+    if "ignore_mismatched_sizes" in reason:
+        reason = "its weights have other sizes than its config.json says"
     return InputError(
-        f"network.pretrained={network.pretrained!r} cannot be loaded as {what}: it is neither a Hugging Face folder "
-        f"nor a hub name that can be reached ({reason})"
+        f"network.pretrained={network.pretrained!r} cannot be loaded as {what}: {why} "
+        f"({type(error).__name__}: {reason[:REASON]}{'...' if len(reason) > REASON else ''})"
     )
+
+
+def _check_causal(policy: Any, network: NetworkConfig) -> None:
+    """Raise `InputError` where a token is predicted from those behind it: fine-tuning would learn to copy."""
+    # A config says this in families that have encoders; some of them have only decoders.
+    if vars(policy.config).get("is_decoder") is not False:
+        return
+    with torch.no_grad():
+        one, other = policy(input_ids=torch.tensor([[2, 2], [2, 3]], device=policy.device)).logits[:, 0].float()
+    if not torch.allclose(one, other, atol=1e-3):
+        raise InputError(
+            f"network.pretrained={network.pretrained!r} is an encoder ({type(policy).__name__} with is_decoder=false "
+            "in its config.json), which reads the tokens that it is to predict: take a decoder, such as GPT-2 or "
+            "Llama; an encoder can be a reward model (module=reward)"
+        )
 
 
 def _fit_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", network: NetworkConfig) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, check_number
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.networks.quantizing import dequantized
 
@@ -38,6 +38,8 @@ class LoRA:
 
     def __post_init__(self) -> None:
         """Check the ranges; raises `InputError`."""
+        for name in ("r", "alpha", "dropout"):
+            check_number(f"network.lora.{name}", vars(self)[name], whole=name == "r")
         if self.r < 1:
             raise InputError(f"network.lora.r={self.r} must be at least 1")
         if self.alpha <= 0:

@@ -114,7 +114,7 @@ def check_memory(
     measured = f"{measured}, free {_size(free)}"
     if lasting + most <= free:
         return Finding(name, "ok" if work else "note", measured)
-    smaller = "a smaller network, network.dtype=bfloat16, or a larger device"
+    smaller = "a smaller network, network=lora with network.dtype=bfloat16, or a larger device"
     if lasting > free:
         return Finding(name, "error", f"{measured}: weights, gradients and optimizer do not fit", smaller)
     return Finding(name, "warning", f"{measured}: {phase} may not fit", f"smaller batches of {phase}; {smaller}")

@@ -27,7 +27,7 @@ def naming_phase(phase: str, estimate: Callable[[], Estimate], *, helps: str) ->
         lines = "\n".join(f"  {line}" for line in by_role_and_phase(*estimate()))
         raise InputError(
             f"out of memory while {phase}: {reason}\nestimate\n{lines}\nwhat helps: {helps}, a smaller network, "
-            "network.dtype=bfloat16, or a larger device"
+            "network=lora with network.dtype=bfloat16, or a larger device"
         ) from error
 
 

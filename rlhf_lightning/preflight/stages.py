@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.preflight.effect import check_effect
 from rlhf_lightning.preflight.findings import Finding, untouched
 from rlhf_lightning.preflight.memory import (
     RoleMemory,
@@ -28,6 +29,7 @@ from rlhf_lightning.preflight.policy import (
 )
 from rlhf_lightning.preflight.probe import sample_probe
 from rlhf_lightning.preflight.reward import check_cost, check_last_token, check_positions, check_spread
+from rlhf_lightning.preflight.rounding import check_rounding
 from rlhf_lightning.preflight.sizes import PPOSizes
 from rlhf_lightning.preflight.text import check_chat_template, check_end_token, check_pad_token, check_round_trip
 from rlhf_lightning.rollout.reward import ModelReward, Reward, Scores
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 
 class Run(Protocol):
     """A LightningModule around one trained network."""
+
+    learning_rate: float
 
     @property
     def network(self) -> nn.Module:
@@ -75,6 +79,8 @@ class SFTRun(Run, Protocol):
 class RewardRun(Run, Protocol):
     """Training of a reward model."""
 
+    margin_coef: float
+
     def __call__(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the scores (B,) of sequences padded on the right."""
 
@@ -102,6 +108,9 @@ class PPORun(SFTRun, Protocol):
     def reward(self) -> Reward | None:
         """The reward."""
 
+    critic_learning_rate: float
+    target_kl: float | None
+    without_effect: list[str]
     samples_per_prompt: int
     minibatch_size: int
     micro_batch_size: int
@@ -122,6 +131,8 @@ def check_ppo(run: PPORun, batch: PromptBatch) -> list[Finding]:
         return [
             *_check_tokenizer(run.required_tokenizer, batch.texts, _first_conversation(batch), found_by_id=False),
             *_check_networks(run, batch),
+            check_effect([*run.without_effect, *_idle_target_kl(run, len(batch))]),
+            check_rounding({run.policy: run.learning_rate} | _critic_and_rate(run)),
             check_ppo_memory(run, batch),
         ]
 
@@ -138,6 +149,7 @@ def check_sft(
         return [
             *_check_tokenizer(run.required_tokenizer, _texts(run, batch), conversation, found_by_id=False),
             check_end_token(ends.tokens, ends.attention_mask, ends.loss_mask, stop_tokens=run.stop_token_ids),
+            check_rounding({run.network: run.learning_rate}),
             check_supervised_memory(run, batch),
         ]
 
@@ -163,6 +175,8 @@ def check_reward(
                 max_positions=run.max_positions,
             ),
             check_spread(scores, texts, batch.prompt_index.tolist(), model=True),
+            check_effect(_idle_margin(run, batch)),
+            check_rounding({run.network: run.learning_rate}),
             check_supervised_memory(run, batch),
         ]
 
@@ -242,6 +256,23 @@ def supervised_memory(run: Run, batch: SFTBatch | ComparisonBatch) -> tuple[dict
         return roles, {}
     logits = length if isinstance(batch, SFTBatch) else 0
     return roles, {"updating": update_bytes(run.network, sequences=len(batch), length=length, logits=logits)}
+
+
+def _idle_target_kl(run: PPORun, prompts: int) -> list[str]:
+    sequences = ppo_sizes(run, prompts, rollouts=1, processes=1).sequences
+    if run.target_kl is None or run.ppo_epochs * sequences > run.minibatch_size:
+        return []
+    return [f"target_kl={run.target_kl} counts only with several updates of a rollout (ppo_epochs, minibatch_size)"]
+
+
+def _idle_margin(run: RewardRun, batch: ComparisonBatch) -> list[str]:
+    if not run.margin_coef or batch.ratings.any():
+        return []
+    return [f"margin_coef={run.margin_coef} counts only with rows that have a margin or ratings, and none here has"]
+
+
+def _critic_and_rate(run: PPORun) -> dict[nn.Module, float]:
+    return {} if run.critic is None else {run.critic: run.critic_learning_rate}
 
 
 def _check_networks(run: PPORun, batch: PromptBatch) -> Iterator[Finding]:

@@ -135,7 +135,7 @@ class _Sampling:
     def _make_room(self, like: Any) -> None:
         capacity = max(self.lengths) + self.longest
         self.slots: Slots = self.recorder.slots(
-            like, count=len(self.occupants), capacity=capacity, longest=self.longest, **self.settings
+            self.policy, like, count=len(self.occupants), capacity=capacity, longest=self.longest, **self.settings
         )
         self.logprobs = self.slots.logprobs.new_zeros(self.response.shape)
 

@@ -1,11 +1,14 @@
 """Steps of sampling as they are made on a device: one after the other on a CPU, as recorded CUDA graphs on a GPU."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from rlhf_lightning.rollout.compiled import can_be_compiled, compiled_blocks
 from rlhf_lightning.rollout.slots import Slots
 
 UNSEEN = 16
@@ -30,8 +33,8 @@ class Stepper(Protocol):
     steps_unseen: int
     """How many are made before the host looks which responses have ended."""
 
-    def slots(self, like: Any, **sizes: Any) -> Slots:
-        """Return slots of these sizes (`Slots`), with nothing in them."""
+    def slots(self, policy: nn.Module, like: Any, **sizes: Any) -> Slots:
+        """Return slots of these sizes (`Slots`), with nothing in them, for a rollout of a policy."""
 
     def step(self, policy: nn.Module, slots: Slots, in_use: int, span: int) -> None:
         """Make a step (`Slots.step`)."""
@@ -45,7 +48,7 @@ class OneByOne:
 
     steps_unseen = 1
 
-    def slots(self, like: Any, **sizes: Any) -> Slots:
+    def slots(self, policy: nn.Module, like: Any, **sizes: Any) -> Slots:
         """Return new slots."""
         return Slots(like, **sizes)
 
@@ -69,11 +72,17 @@ class Recorder:
         self._made_for: Any = None
         self._recordings: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
         self._pool: Any = None
+        self._around_a_step: Callable[[nn.Module], AbstractContextManager[None]] = _as_it_is
 
-    def slots(self, like: Any, **sizes: Any) -> Slots:
+    def slots(self, policy: nn.Module, like: Any, **sizes: Any) -> Slots:
         """Return the slots of the last rollout where these sizes fit in, so that its recordings are good for it."""
+        made_for = _what_it_depends_on(policy)
+        if made_for != self._made_for:
+            self._forget()
+            self._made_for = made_for
+            self._around_a_step = compiled_blocks if can_be_compiled(policy) else _as_it_is
         if self._slots is None or not self._slots.fit(like, **sizes):
-            self._recordings.clear()
+            self._forget()
             sizes["capacity"] = _rounded(sizes["capacity"])
             self._slots = Slots(like, **sizes)
         self._slots.clear()
@@ -81,15 +90,12 @@ class Recorder:
 
     def step(self, policy: nn.Module, slots: Slots, in_use: int, span: int) -> None:
         """Make a step; the first of its kind as it is, the second is recorded, and from then on it is played."""
-        made_for = _what_it_depends_on(policy)
-        if made_for != self._made_for:
-            self._recordings.clear()
-            self._made_for = made_for
         span = min(_rounded(span), slots.capacity)
         kind = (in_use, span)
         if kind not in self._recordings:
             # What a kernel needs once for all is not made while recording.
-            slots.step(policy, in_use, span)
+            with self._around_a_step(policy):
+                slots.step(policy, in_use, span)
             self._recordings[kind] = None
             return
         recording = self._recordings[kind]
@@ -106,12 +112,21 @@ class Recorder:
         others = [slot for slot in range(in_use) if slot not in set(kept)]
         return kept + others[: number - len(kept)]
 
+    def _forget(self) -> None:
+        self._recordings.clear()
+        # A pool of memory ends with the last recording that it served.
+        self._pool = None
+
     def _record(self, policy: nn.Module, slots: Slots, in_use: int, span: int) -> torch.cuda.CUDAGraph:
         recording = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recording, pool=self._pool):
+        with self._around_a_step(policy), torch.cuda.graph(recording, pool=self._pool):
             slots.step(policy, in_use, span)
         self._pool = recording.pool()
         return recording
+
+
+def _as_it_is(policy: nn.Module) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _rounded(length: int) -> int:

@@ -4,8 +4,9 @@ import importlib
 import importlib.util
 import math
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,12 +74,22 @@ class FunctionReward(Reward):
         self.function = function
 
     def forward(self, rollout: Rollout) -> Float[Tensor, " B"]:
-        """Return its scores; raises `InputError` where it fails or does not return one finite number per response."""
+        """Return its scores; raises `InputError` where it fails or does not return one finite number per response.
+
+        The function works on copies, which it may change.
+        """
         name = _name(self.function)
         try:
-            scores = list(self.function(rollout.prompts, rollout.responses, **rollout.columns))
+            found = self.function(*deepcopy((rollout.prompts, rollout.responses)), **deepcopy(rollout.columns))
         except (Exception, SystemExit) as error:
             raise InputError(f"reward function {name} raised {_where(error)}") from error
+        # The elements of these are no scores, or in no order.
+        if isinstance(found, str | bytes | Mapping | Set) or not isinstance(found, Iterable | Tensor):
+            raise InputError(
+                f"reward function {name} must return a list of numbers, one for each response, in their order; "
+                f"it returned a {type(found).__name__}: {str(found)[:60]}"
+            )
+        scores = list(found)
         if len(scores) != len(rollout.responses):
             raise InputError(
                 f"reward function {name} must return one score per response: {len(rollout.responses)} responses, "
@@ -311,13 +322,36 @@ def load_reward(
 
     A `Reward` is itself; a classifier module reads ``tokenizer`` (the policy's where not given); another callable is a
     reward function; ``"file.py:function"`` and ``"package.module:function"`` name one; any other string is a
-    reward-model folder or hub name. The rewards of a `WeightedSum` or an `Ensemble` are loaded in the same way. A
-    reward model that was trained as an adapter on the network ``backbone`` uses its weights.
+    reward-model folder or hub name, which brings its tokenizer. The rewards of a `WeightedSum` or an `Ensemble` are
+    loaded in the same way. A reward model that was trained as an adapter on the network ``backbone`` uses its weights.
+    Raises `InputError` where a ``tokenizer`` is given and no classifier module reads it.
     """
+    if tokenizer is not None and not any(_reads_tokenizer(part) for part in _parts(reward)):
+        raise InputError(
+            f"reward_tokenizer={type(tokenizer).__name__} is read by a classifier that is given as a module, and the "
+            "reward has none: a reward-model folder brings its own tokenizer; leave reward_tokenizer out"
+        )
+    return _loaded(
+        reward,
+        policy_tokenizer=policy_tokenizer,
+        tokenizer=tokenizer,
+        micro_batch_size=micro_batch_size,
+        backbone=backbone,
+    )
+
+
+def _loaded(
+    reward: RewardSetting,
+    *,
+    policy_tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    micro_batch_size: int,
+    backbone: nn.Module | None,
+) -> Reward:
     if isinstance(reward, Reward):
         return reward
     load = partial(
-        load_reward,
+        _loaded,
         policy_tokenizer=policy_tokenizer,
         tokenizer=tokenizer,
         micro_batch_size=micro_batch_size,
@@ -333,18 +367,31 @@ def load_reward(
     if isinstance(reward, str) and ":" in reward and not Path(reward).exists():
         return FunctionReward(import_function(reward))
     if isinstance(reward, str | Path | NetworkConfig):
-        return ModelReward(
-            load_reward_model(reward, trained=True, backbone=backbone),
-            tokenizer or load_tokenizer(reward),
-            policy_tokenizer,
-            micro_batch_size=micro_batch_size,
-        )
+        model = load_reward_model(reward, trained=True, backbone=backbone)
+        return ModelReward(model, load_tokenizer(reward), policy_tokenizer, micro_batch_size=micro_batch_size)
     if callable(reward):
         return FunctionReward(reward)
     raise InputError(
         "reward must be a reward-model folder or name, a classifier, a function, a WeightedSum or an Ensemble; "
         f"found {type(reward).__name__}"
     )
+
+
+def _parts(reward: RewardSetting) -> Iterator[RewardSetting]:
+    """Yield what a reward is made of, which is itself where it is in one piece."""
+    several: Iterable[RewardSetting] = ()
+    if isinstance(reward, WeightedSum):
+        several = reward.rewards.values()
+    elif isinstance(reward, Ensemble):
+        several = reward.rewards
+    else:
+        yield reward
+    for part in several:
+        yield from _parts(part)
+
+
+def _reads_tokenizer(reward: RewardSetting) -> bool:
+    return isinstance(reward, nn.Module) and not isinstance(reward, Reward)
 
 
 def import_function(name: str) -> RewardFunction:
@@ -422,8 +469,10 @@ def _module_from_file(path: Path) -> Any:
 
 def _finite(score: Any, name: str, row: int) -> float:
     try:
+        if isinstance(score, str | bytes):
+            raise TypeError  # which float would take
         value = float(score)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise InputError(f"reward function {name} must return numbers; the score of row {row} is {score!r}") from None
     # Scores are kept in float32.
     if not abs(value) <= torch.finfo(torch.float32).max:

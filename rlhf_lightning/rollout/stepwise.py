@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.masking import position_ids
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.networks.sharding import largest_on_any_process, waits_for_others
@@ -47,6 +48,11 @@ def sample_stepwise(
             use_cache=True,
             logits_to_keep=1,
         )
+        if cache is None and "past_key_values" not in output:
+            raise InputError(
+                f"{type(network).__name__} keeps no past_key_values, which sampling goes on from: "
+                "network.pretrained must name a network with attention, such as GPT-2 or Llama"
+            )
         cache = output.past_key_values
         logits = output.logits[:, -1]
         tokens, logprobs, finite = draw(logits, uniform[rows, t], temperature=temperature)

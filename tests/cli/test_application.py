@@ -76,6 +76,22 @@ def test_checkpoint_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str
     assert "ckpt_path=x.ckpt does not exist" in refused("train", *READY, "ckpt_path=x.ckpt", capsys=capsys)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=-1", "seed=-1 must be a whole number from 0 to 4294967295"),
+        ("module.learning_rate=${data.nothing}", "module.learning_rate: the config cannot be resolved: Interpolation"),
+        ("data.path=${oc.env:NOT_SET_ANYWHERE}", "data.path: the config cannot be resolved: KeyError"),
+        # It can be resolved: what is missing is the folder.
+        ("module.warmup_steps=${data.batch_size}", "network.pretrained='folder' cannot be loaded"),
+    ],
+)
+def test_an_override_that_leads_nowhere_is_named(
+    override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused("train", *READY, override, capsys=capsys)
+
+
 def test_flags_may_stand_behind_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb("train", ["module=ppo", "--cfg", "job", "module.beta=0.5"]) == 0
     assert "beta: 0.5" in capsys.readouterr().out

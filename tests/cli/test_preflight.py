@@ -160,3 +160,10 @@ def test_the_conversation_of_rows_is_what_is_asked() -> None:
     assert list(conversation_of(rows) or []) == [asked]
     assert list(conversation_of(read_rows([{"prompt": [asked]}])) or []) == [asked]
     assert conversation_of(read_rows([{"prompt": "a"}])) is None
+
+
+def test_data_of_another_stage_are_said_at_once(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, printed = look("module=sft", "data=ppo", "data.batch_size=4", model=tiny_model, capsys=capsys)
+    assert code == 2
+    assert "SFTModule reads batches of the type SFTBatch" in printed
+    assert "data=sft" in printed

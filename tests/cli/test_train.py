@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from rlhf_lightning.cli.application import run_verb
 from rlhf_lightning.cli.train import checkpoint
+from rlhf_lightning.errors import InputError
 
 REWARDS = """
 def length(prompts, responses, scale=1.0, **columns):
@@ -221,6 +222,23 @@ def test_checkpoint_whose_link_leads_to_nothing_is_passed_over(tmp_path: Path) -
     assert checkpoint("auto", str(tmp_path)) is None
     torch.save({}, folder / "step-20.ckpt")
     assert checkpoint("auto", str(tmp_path)) == str(folder / "step-20.ckpt")
+
+
+def test_a_run_that_trains_nothing_says_so_and_what_the_trainer_refuses_is_one_line(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", "output_dir=out", *QUIET]
+    assert run_verb("train", [*arguments, "+trainer.limit_train_batches=0"]) == 0
+    assert "0 steps (nothing was trained: " in capsys.readouterr().out
+    for wrong in ("+trainer.limit_train_batches=0.01", "trainer.val_check_interval=1000"):
+        assert run_verb("train", [*arguments, wrong]) == 2
+        assert wrong.partition("=")[0].partition("trainer.")[2] in capsys.readouterr().err
+
+
+def test_weights_alone_are_not_what_a_run_goes_on_from(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"weight": torch.ones(2)}}, tmp_path / "weights.ckpt")
+    with pytest.raises(InputError, match=r"weights\.ckpt is no checkpoint of a training run.*network\.pretrained"):
+        checkpoint(str(tmp_path / "weights.ckpt"), "out")
 
 
 @pytest.mark.parametrize(("signal_", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

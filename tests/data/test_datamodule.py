@@ -256,6 +256,12 @@ def test_no_rows_are_an_error(tokenizer: PreTrainedTokenizerBase, rows: Any) -> 
         ({"batch_size": 0}, r"data\.batch_size=0 must be at least 1"),
         ({"val_fraction": 1.0}, r"data\.val_fraction=1\.0 must lie in \[0, 1\)"),
         ({"val_fraction": -0.1}, r"data\.val_fraction=-0\.1 must lie in"),
+        ({"batch_size": "8"}, r"data\.batch_size='8' must be a whole number"),
+        ({"val_fraction": "0.1"}, r"data\.val_fraction='0\.1' must be a number"),
+        ({"max_length": 8.5}, r"data\.max_length=8\.5 must be a whole number"),
+        ({"num_workers": -1}, r"data\.num_workers=-1 must not be negative"),
+        ({"seed": -1}, r"data\.seed=-1 must be a whole number from 0 to 4294967295"),
+        ({"tokenizer": "gpt2"}, "tokenizer='gpt2' must be a tokenizer and not its name"),
         ({"max_length": 1}, r"data\.max_length=1 must be at least 2"),
     ],
 )
@@ -358,3 +364,11 @@ def test_one_file_has_no_other_split_to_validate_on(tmp_path: Path, tokenizer: A
         data = SFTDataModule(path, val_split="validation", tokenizer=tokenizer)
         with pytest.raises(InputError, match=r"data\.val_split=validation names a file in a folder"):
             data.setup("fit")
+
+
+def test_another_split_of_a_file_or_of_rows_is_refused(
+    tokenizer: PreTrainedTokenizerBase, jsonl: Callable[..., Path]
+) -> None:
+    for path in (jsonl(ROWS), ROWS):
+        with pytest.raises(InputError, match=r"data\.split=test names a file in a folder.*data\.path=.* is neither"):
+            SFTDataModule(path, split="test", tokenizer=tokenizer).setup("fit")

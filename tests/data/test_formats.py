@@ -114,6 +114,8 @@ def test_a_text_waits_for_its_opening_to_be_cut_and_carries_all_other_columns() 
         (demonstration, {"prompt": "a", "response": None}, "needs prompt and response.*found prompt"),
         (demonstration, {}, "found no field"),
         (demonstration, {"prompt": "", "response": "b"}, "prompt must not be empty; found ''"),
+        (demonstration, {"prompt": "a \ud800", "response": "b"}, "prompt has a lone surrogate"),
+        (demonstration, {"messages": [user("a"), assistant("\udc00")]}, r"messages\[1\]\.content has a lone surrogate"),
         (demonstration, {"prompt": "a", "response": " \n"}, "response must not be empty"),
         (demonstration, {"prompt": "a", "response": 5}, r"response must be text; found 5 \(int\)"),
         (demonstration, {"prompt": 5, "response": "b"}, r"prompt must be text; found 5 \(int\)"),

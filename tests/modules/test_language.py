@@ -1,10 +1,12 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 
+from rlhf_lightning.data import PPODataModule, RewardDataModule, SFTDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.modules.language import LanguageModule
@@ -124,3 +126,99 @@ def test_ppo_names_the_phase_in_which_memory_runs_out(
     greedy(module.reference if phase == "scoring" else module.policy, from_call=from_call, training=phase == "updating")
     with pytest.raises(InputError, match=rf"(?s)out of memory while {phase}.*critic: weights.*{phase}: about.*{helps}"):
         fit(module, [prompts], max_steps=1)
+
+
+# What does not belong together -----------------------------------------------
+
+ROWS = [
+    {"prompt": f"Say {i}.", "response": f"{i}!", "chosen": f"{i}!", "rejected": f"not {i}", "text": "ab" * 9}
+    for i in range(8)
+]
+STAGES: dict[str, tuple[Callable[..., LanguageModule], Callable[..., LightningDataModule]]] = {
+    "sft": (SFTModule, SFTDataModule),
+    "reward": (RewardModule, RewardDataModule),
+    "ppo": (
+        lambda network, **settings: PPOModule(
+            network,
+            reward=lambda prompts, responses, **columns: [float(len(response)) for response in responses],
+            **{"minibatch_size": 4, "max_new_tokens": 2, "advantage": "rloo", "samples_per_prompt": 2, **settings},
+        ),
+        PPODataModule,
+    ),
+}
+
+
+def made(stage: str, network: Any, tokenizer: Any, **settings: Any) -> tuple[LanguageModule, LightningDataModule]:
+    module, data = STAGES[stage]
+    return module(network, tokenizer=tokenizer, **settings), data(ROWS, batch_size=4, val_fraction=0.0)
+
+
+@pytest.fixture
+def written(trainer: Callable[..., Trainer], policy: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Any:
+    """``written(stage)`` trains for a step and returns the checkpoint."""
+
+    def write(stage: str, **settings: Any) -> Path:
+        run = trainer(max_steps=1)
+        module, data = made(stage, policy(), tokenizer, **settings)
+        run.fit(module, datamodule=data)
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        return tmp_path / "it.ckpt"
+
+    return write
+
+
+@pytest.mark.parametrize(("wrote", "reads"), [("sft", "reward"), ("reward", "ppo"), ("ppo", "sft")])
+def test_a_checkpoint_of_another_stage_is_refused_by_its_name(
+    wrote: str, reads: str, written: Any, trainer: Callable[..., Trainer], policy: Callable[..., Any], tokenizer: Any
+) -> None:
+    file = written(wrote)
+    module, data = made(reads, policy(), tokenizer)
+    message = rf"the checkpoint is of stage {wrote}, and \w+ goes on from one of stage {reads} only"
+    with pytest.raises(InputError, match=message):
+        trainer(max_steps=2).fit(module, datamodule=data, ckpt_path=file)
+
+
+def test_a_checkpoint_of_another_network_is_refused_with_the_first_weight_that_does_not_fit(
+    written: Any, trainer: Callable[..., Trainer], policy: Callable[..., Any], tokenizer: Any
+) -> None:
+    file = written("sft")
+    fault = {
+        "size mismatch for policy.model.embed_tokens.weight": policy(hidden_size=32),
+        r"missing \['policy.transformer.wte.weight', .*\] and \d+ more, unexpected": policy("gpt2"),
+    }
+    for found, network in fault.items():
+        module, data = made("sft", network, tokenizer)
+        with pytest.raises(InputError, match=rf"does not fit SFTModule: {found}") as error:
+            trainer(max_steps=2).fit(module, datamodule=data, ckpt_path=file)
+        assert len(str(error.value)) < 700
+
+
+def test_a_checkpoint_of_a_version_that_kept_something_else_is_refused(
+    written: Any, trainer: Callable[..., Trainer], policy: Callable[..., Any], tokenizer: Any
+) -> None:
+    file = written("sft")
+    state = torch.load(file, weights_only=True)
+    del state["stage"], state["bad_updates"]
+    torch.save(state, file)
+    module, data = made("sft", policy(), tokenizer)
+    with pytest.raises(InputError, match="not of this version of the package"):
+        trainer(max_steps=2).fit(module, datamodule=data, ckpt_path=file)
+
+
+@pytest.mark.parametrize(("stage", "of"), [("sft", "ppo"), ("reward", "sft"), ("ppo", "reward")])
+def test_data_of_another_stage_are_refused_with_the_datamodule_to_take(
+    stage: str, of: str, trainer: Callable[..., Trainer], policy: Callable[..., Any], tokenizer: Any
+) -> None:
+    (module, _), (_, data) = made(stage, policy(), tokenizer), made(of, policy(), tokenizer)
+    with pytest.raises(InputError, match=rf"reads batches of .*{STAGES[stage][1].__name__}\); the data given make"):
+        trainer(max_steps=1).fit(module, datamodule=data)
+
+
+def test_a_datamodule_with_another_tokenizer_is_refused(
+    policy: Callable[..., Any], tokenizer: Any, make_tokenizer: Callable[..., Any]
+) -> None:
+    grown = make_tokenizer(pad_token="<pad>", eos_token="<eos>")
+    grown.add_tokens(["hello"])
+    for other in (grown, make_tokenizer(pad_token="!", eos_token="<eos>"), make_tokenizer(pad_token="<pad>")):
+        with pytest.raises(InputError, match=r"the tokenizer of Data \(.*\) is not that of SFTModule"):
+            introduced(SFTModule(policy(), tokenizer=tokenizer), Data(other))

@@ -1030,12 +1030,12 @@ def test_a_checkpoint_without_a_trained_weight_is_refused(role: str, make: Calla
     state = make().state_dict()
     name = next(name for name in state if name.startswith(role))
     del state[name]
-    with pytest.raises(RuntimeError, match=rf"missing \['{name}'\]"):
+    with pytest.raises(InputError, match=rf"missing \['{name}'\]"):
         make().load_state_dict(state)
 
 
 def test_a_checkpoint_with_an_unknown_weight_is_refused(make: Callable[..., Watching]) -> None:
-    with pytest.raises(RuntimeError, match=r"unexpected \['policy\.other'\]"):
+    with pytest.raises(InputError, match=r"unexpected \['policy\.other'\]"):
         make().load_state_dict({**make().state_dict(), "policy.other": torch.zeros(1)})
 
 

@@ -14,6 +14,7 @@ from rlhf_lightning.modules.ppo_checks import (
     CHOICES,
     NOT_NEGATIVE,
     check_settings,
+    without_effect,
 )
 
 DEFAULTS = {name: p.default for name, p in inspect.signature(PPOModule).parameters.items()}
@@ -32,7 +33,7 @@ OUT_OF_RANGE: list[tuple[Settings, str]] = [
     ({"clip_range": 0.0}, "clip_range=0.0 must be above 0: nothing could change"),
     ({"value_clip_range": 0.0}, "value_clip_range=0.0 must be above 0: nothing could change"),
     ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be above 0: inf clips nothing"),
-    *(({name: -0.5}, f"{name}=-0.5 must not be negative") for name in NOT_NEGATIVE),
+    *(({name: -1}, f"{name}=-1 must not be negative") for name in NOT_NEGATIVE),
     *(({name: -1}, f"{name}=-1 must be above 0") for name in ABOVE_0),
     *(({name: 0.0}, f"{name}=0.0 must be above 0, or None to turn it off") for name in ABOVE_0_OR_OFF),
     *(({name: 0}, f"{name}=0 must be at least 1") for name in AT_LEAST_1),
@@ -42,6 +43,11 @@ OUT_OF_RANGE: list[tuple[Settings, str]] = [
     ({"minibatch_size": 2.5}, "minibatch_size=2.5 must be a whole number"),
     ({"samples_per_prompt": 1.5}, "samples_per_prompt=1.5 must be a whole number"),
     ({"warmup_steps": 1.5}, "warmup_steps=1.5 must be a whole number"),
+    ({"minibatch_size": True}, "minibatch_size=True must be a whole number"),
+    *(({name: "0.5"}, f"{name}='0.5' must be a ") for name in (*NOT_NEGATIVE, *ABOVE_0, *ABOVE_0_OR_OFF, *AT_LEAST_1)),
+    *(({name: [1]}, f"{name}=[1] must be a number") for name in ("gamma", "lam", "lr_floor", "top_p", "ema_decay")),
+    *(({name: None}, f"{name}=None must be a number") for name in ABOVE_0),
+    *(({"seed": seed}, f"seed={seed!r} must be a whole number from 0 to 4294967295") for seed in (-1, 2**32, 1.0, "1")),
     *(({name: "other"}, f"{name}=other must be one of {', '.join(choices)}") for name, choices in CHOICES.items()),
 ]
 
@@ -132,3 +138,37 @@ def test_every_number_of_the_constructor_is_looked_at() -> None:
 def test_settings_are_looked_at_before_anything_is_loaded(settings: Settings, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         PPOModule("no/such/folder", reward="no/such/reward", **settings)
+
+
+IDLE: list[tuple[Settings, Settings, str]] = [
+    *(
+        (
+            {"advantage": "rloo", "samples_per_prompt": 2},
+            {name: value},
+            f"{name}={value} counts only with advantage=gae",
+        )
+        for name, value in {
+            "critic": "shared_trunk",
+            "gamma": 0.9,
+            "lam": 1.0,
+            "value_coef": 0.5,
+            "value_clip_range": 0.1,
+            "critic_learning_rate": 1e-5,
+        }.items()
+    ),
+    ({}, {"baseline": "running"}, "baseline=running counts only with advantage=reinforce"),
+    ({"advantage": "reinforce", "ppo_epochs": 1}, {"clip_range": 0.1}, "clip_range=0.1 counts only with an advantage"),
+    ({}, {"adaptive_kl_horizon": 5.0}, "adaptive_kl_horizon=5.0 counts only with adaptive_kl_target"),
+    ({"beta": 0.0}, {"kl_penalty": "loss_k2"}, "kl_penalty=loss_k2 counts only with beta above 0"),
+    ({"lr_schedule": "constant"}, {"lr_floor": 0.5}, "lr_floor=0.5 counts only with lr_schedule=linear or cosine"),
+    ({"missing_eos": "mask"}, {"missing_eos_penalty": 2.0}, "missing_eos_penalty=2.0 counts only with missing_eos="),
+]
+
+
+@pytest.mark.parametrize(("turned_off_by", "idle", "message"), IDLE)
+def test_a_setting_that_another_turns_off_is_named(turned_off_by: Settings, idle: Settings, message: str) -> None:
+    (found,) = without_effect(DEFAULTS | turned_off_by | idle, PPOModule)
+    assert found.startswith(message)
+    assert without_effect(DEFAULTS | turned_off_by, PPOModule) == []
+    active = {"baseline": {"advantage": "reinforce"}, "adaptive_kl_horizon": {"adaptive_kl_target": 6.0}}
+    assert without_effect(DEFAULTS | idle | active.get(next(iter(idle)), {}), PPOModule) == []

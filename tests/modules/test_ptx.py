@@ -8,7 +8,7 @@ import torch
 from lightning import Callback
 from torch import Tensor
 
-from rlhf_lightning.data import SFTDataModule
+from rlhf_lightning.data import PPODataModule, SFTDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import PPOModule
 from rlhf_lightning.modules.batch_file import read_records
@@ -294,3 +294,31 @@ def test_the_texts_of_an_update_that_is_not_finite_are_kept_and_replayed_with_it
     # The texts come first, in two micro-batches.
     parts = [float(part) for part in lines[1].removeprefix("loss: ").split(", ")]
     assert sum(parts[:2]) == pytest.approx(0.5 * loss, rel=1e-5)
+
+
+def test_ptx_data_of_another_kind_or_with_another_tokenizer_are_refused(
+    fit: Callable[..., Any],
+    policy: Callable[..., Any],
+    prompts: PromptBatch,
+    tokenizer: Any,
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    others = {
+        "ptx_data must be an SFTDataModule; PPODataModule makes": PPODataModule([{"prompt": "a"}] * 4, batch_size=2),
+        "the tokenizer of SFTDataModule": SFTDataModule(
+            [{"text": "abc"}] * 4, tokenizer=make_tokenizer(pad_token="!", eos_token="<eos>"), val_fraction=0.0
+        ),
+    }
+    for message, data in others.items():
+        module = PPOModule(
+            policy(),
+            reward=lambda prompts, responses: [1.0 for _ in responses],
+            tokenizer=tokenizer,
+            minibatch_size=3,
+            max_new_tokens=2,
+            ptx_coef=1.0,
+            ptx_data=data,
+            preflight=False,
+        )
+        with pytest.raises(InputError, match=message):
+            fit(module, [prompts], max_epochs=1)

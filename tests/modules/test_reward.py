@@ -146,6 +146,21 @@ def test_ties_are_no_pairs_and_margins_are_taken_off_as_in_a_reference_in_float6
     assert (found - wanted).norm() < 1e-6 * wanted.norm()
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"seed": -1}, "seed=-1 must be a whole number from 0"),
+        ({"lm_coef": "0.1"}, "lm_coef='0.1' must be a number"),
+        ({"margin_coef": "1"}, "margin_coef='1' must be a number"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_named(
+    setting: dict[str, Any], message: str, make: Callable[..., RewardModule]
+) -> None:
+    with pytest.raises(InputError, match=message):
+        make(**setting)
+
+
 def test_a_margin_coefficient_must_be_a_number_from_0_on(make: Callable[..., RewardModule]) -> None:
     for wrong in (-0.5, float("nan"), float("inf")):
         with pytest.raises(InputError, match=f"margin_coef={wrong} must not be negative, and finite"):

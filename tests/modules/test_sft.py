@@ -175,6 +175,11 @@ def test_dropout_is_set_for_every_layer_and_off_in_validation(policy: Callable[.
         ({"learning_rate": float("nan")}, "learning_rate=nan must not be negative, and finite"),
         ({"weight_decay": -1.0}, r"weight_decay=-1\.0 must not be negative, and finite"),
         ({"warmup_steps": 1.5}, r"warmup_steps=1\.5 must be a whole number, 0 or more"),
+        ({"dropout": "0.2"}, r"dropout='0\.2' must be a number"),
+        ({"learning_rate": "1e-5"}, "learning_rate='1e-5' must be a number"),
+        ({"weight_decay": None}, "weight_decay=None must be a number"),
+        ({"lr_floor": "0"}, "lr_floor='0' must be a number"),
+        ({"tokenizer": "gpt2"}, r"tokenizer='gpt2' must be a tokenizer and not its name: load_tokenizer\('gpt2'\)"),
         ({"dropout": 0.2}, r"dropout=0\.2: LlamaForCausalLM has no dropout layers"),
     ],
 )

@@ -185,3 +185,11 @@ def test_an_adapter_of_rank_1_is_not_taken_for_a_head(tiny_model: Path, tmp_path
     save_pretrained(network, load_tokenizer(tiny_model), tmp_path / "adapter", export="adapter")
     loaded = load_reward_model(NetworkConfig(str(tmp_path / "adapter"), lora=LoRA(r=1)), trained=True)
     assert torch.equal(loaded(TOKENS).logits, network(TOKENS).logits)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_broken_file_of_an_adapter_is_named(file: str, adapted: tuple[Any, Path]) -> None:
+    _, folder = adapted
+    (folder / file).write_bytes((folder / file).read_bytes()[:-100])
+    with pytest.raises(InputError, match=file):
+        load_policy(folder)

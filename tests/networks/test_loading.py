@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -211,3 +216,64 @@ def test_a_reward_model_with_tied_embeddings_is_refused_as_a_policy(
 
 def test_a_tokenizer_is_that_of_the_folder(folder: Path) -> None:
     assert load_tokenizer(folder)("ab").input_ids == AutoTokenizer.from_pretrained(folder)("ab").input_ids
+
+
+def changed(file: Path, **settings: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | settings), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "header too small"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(
+                (folder / "model.safetensors").read_bytes()[:-100]
+            ),
+            "not fully covered",
+        ),
+        (lambda folder: (folder / "config.json").write_text("{not json"), "not a valid JSON file"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "config.json|must be a mapping"),
+        (lambda folder: changed(folder / "config.json", hidden_size=17), "hidden size \\(17\\) is not a multiple"),
+        (lambda folder: changed(folder / "config.json", hidden_size=32), "other sizes than its config.json says"),
+        (lambda folder: changed(folder / "config.json", hidden_size="big"), "expected int, got str"),
+        (lambda folder: changed(folder / "config.json", model_type="none"), "model type `none`"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{x"), "Expecting property name"),
+    ],
+)
+def test_what_is_broken_in_a_folder_is_said(fault: Callable[[Path], Any], said: str, folder: Path) -> None:
+    fault(folder)
+    with pytest.raises(
+        InputError, match=rf"network\.pretrained='{folder}' .*: the folder is broken.*({said})"
+    ) as error:
+        load_policy(folder)
+    assert len(str(error.value)) < 700
+
+
+def test_an_encoder_is_no_policy(folder: Path) -> None:
+    settings: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 258,
+        "initializer_range": 0.3,
+    }
+    for is_decoder in (False, True):
+        network = BertLMHeadModel(BertConfig(**settings, intermediate_size=32, is_decoder=is_decoder))
+        network.save_pretrained(folder)
+        if is_decoder:
+            load_policy(folder)
+            continue
+        with pytest.raises(InputError, match=r"is an encoder \(BertLMHeadModel"):
+            load_policy(folder)
+        load_reward_model(folder)
+    # Its config says that it is no decoder, but it is one.
+    GPTNeoXForCausalLM(GPTNeoXConfig(**settings, intermediate_size=32)).save_pretrained(folder)
+    assert load_policy(folder).config.is_decoder is False
+
+
+def test_a_type_that_weights_cannot_have_is_refused() -> None:
+    wrong: Any = "fp32"
+    with pytest.raises(InputError, match=r"network\.dtype='fp32' must be one of float32, bfloat16, float16"):
+        NetworkConfig("folder", dtype=wrong)

@@ -141,7 +141,14 @@ def test_a_target_that_is_not_there_is_refused_with_those_that_are(
 
 
 @pytest.mark.parametrize(
-    ("settings", "name"), [({"r": 0}, "r=0"), ({"alpha": 0.0}, "alpha=0"), ({"dropout": 1.0}, "dropout=1")]
+    ("settings", "name"),
+    [
+        ({"r": 0}, "r=0"),
+        ({"alpha": 0.0}, "alpha=0"),
+        ({"dropout": 1.0}, "dropout=1"),
+        ({"r": 1.5}, r"r=1\.5 must be a whole number"),
+        ({"alpha": "16"}, "alpha='16' must be a number"),
+    ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], name: str) -> None:
     with pytest.raises(InputError, match=rf"network\.lora\.{name}"):

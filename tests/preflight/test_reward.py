@@ -1,5 +1,6 @@
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -349,3 +350,15 @@ def test_the_cost_of_a_rollout_is_that_of_its_size() -> None:
     )
     assert check_cost(seconds=0.5, responses=8, rollout_size=64, sampling_seconds=5.0).status == "ok"
     assert check_cost(seconds=0.1, responses=8, rollout_size=64, sampling_seconds=0.1).status == "ok"
+
+
+def test_a_margin_that_no_row_has_is_a_warning(
+    classifier: Callable[..., Any], comparisons: ComparisonBatch, tokenizer: Any, faults: Callable[..., Any]
+) -> None:
+    module = RewardModule(classifier(), tokenizer=tokenizer, margin_coef=0.5)
+    assert (
+        "margin_coef=0.5 counts only with rows"
+        in faults(check_reward(module, comparisons))["settings without effect"].measured
+    )
+    rated = replace(comparisons, ratings=torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    assert "settings without effect" not in faults(check_reward(module, rated))

@@ -235,3 +235,15 @@ def test_demonstrations_without_a_learnt_end_are_named_before_fine_tuning(
     assert faults(check_sft(module, right, right)) == {}
     assert set(faults(check_sft(module, right, wrong))) == {"end token"}
     assert module.policy.training
+
+
+def test_settings_that_do_nothing_are_a_warning_with_what_they_would_count_with(
+    make: Make, prompts: PromptBatch, faults: Faults
+) -> None:
+    once = {"ppo_epochs": 1, "minibatch_size": 6, "target_kl": 0.1}
+    assert "settings without effect" not in faults(check_ppo(make(**(once | {"ppo_epochs": 2})), prompts))
+    assert "settings without effect" not in faults(check_ppo(make(**(once | {"minibatch_size": 3})), prompts))
+    found = faults(check_ppo(make(**once, adaptive_kl_horizon=5.0), prompts))["settings without effect"]
+    assert found.status == "warning"
+    assert "target_kl=0.1 counts only with several updates" in found.measured
+    assert "adaptive_kl_horizon=5.0 counts only with adaptive_kl_target" in found.measured

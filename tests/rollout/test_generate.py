@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import MambaConfig, MambaForCausalLM
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.logprobs import gather_logprobs
@@ -360,3 +361,9 @@ def test_processes_with_parts_of_the_policy_sample_as_alone_however_long_the_oth
         assert torch.equal(found, sample(policy(kind), batch, stops[rank]))
         assert calls == (12 if rank == 1 or not whole else 1)
     assert [found.shape[1] for found, _ in ranks] == [1, 12]
+
+
+def test_a_network_without_a_cache_of_keys_and_values_is_refused(prompts: Callable[..., PromptBatch]) -> None:
+    network = MambaForCausalLM(MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=258))
+    with pytest.raises(InputError, match=r"MambaForCausalLM keeps no past_key_values.*network\.pretrained"):
+        sample(network, prompts(), NEVER)

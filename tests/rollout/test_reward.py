@@ -251,6 +251,12 @@ def test_left_alignment_keeps_the_order_of_the_real_tokens() -> None:
     assert aligned_mask.int().diff(dim=1).max() <= 0
 
 
+@pytest.fixture
+def three(rollout: Callable[..., Rollout]) -> Rollout:
+    """Three responses."""
+    return rollout([[5]] * 3, [[6, 1], [7, 1], [8, 1]])
+
+
 # What a setting stands for ---------------------------------------------------
 
 FILE = "def longer(prompts, responses):\n    return [float(len(r)) for r in responses]\n\nnumber = 3\n"
@@ -464,6 +470,57 @@ def test_parts_of_a_reward_are_loaded_with_the_settings_of_the_whole(
     parts = load_reward(setting, tokenizer, tokenizer=other, micro_batch_size=2).scores(sequences).parts
     assert parts["file"].tolist() == lengths(sequences)
     torch.testing.assert_close(parts["foreign.words"], ModelReward(foreign, other, tokenizer)(sequences))
+    # A folder reads its own tokens, whatever the others read.
+    torch.testing.assert_close(parts["folder"], ModelReward(network, tokenizer, tokenizer)(sequences))
+
+
+def test_a_tokenizer_that_no_part_of_the_reward_reads_is_refused(
+    tmp_path: Path, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    save_pretrained(classifier(), tokenizer, tmp_path / "reward")
+    folder = str(tmp_path / "reward")
+    for setting in (folder, longer, Ensemble([folder, longer]), WeightedSum({"a": folder}, {"a": 1.0})):
+        with pytest.raises(InputError, match=r"reward_tokenizer=.* the reward has none"):
+            load_reward(setting, tokenizer, tokenizer=word_tokenizer())
+    load_reward(Ensemble([folder, WeightedSum({"a": classifier()}, {"a": 1.0})]), tokenizer, tokenizer=word_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({0: 1.0, 1: 2.0, 2: 3.0}, "it returned a dict"),
+        ("123", "it returned a str"),
+        ({1.0, 2.0, 3.0}, "it returned a set"),
+        (0.5, "it returned a float: 0.5"),
+        (None, "it returned a NoneType"),
+        (["1", "2", "3"], "must return numbers; the score of row 0 is '1'"),
+        ([[1.0, 2.0]] * 3, "must return numbers"),
+        (torch.ones(3, 2), "must return numbers"),
+        (torch.ones(2), "3 responses, 2 scores"),
+        ([1.0] * 4, "3 responses, 4 scores"),
+    ],
+)
+def test_a_reward_function_that_returns_something_else_than_a_number_for_each_response_is_refused(
+    returned: Any, message: str, three: Rollout
+) -> None:
+    with pytest.raises(InputError, match=message):
+        FunctionReward(lambda prompts, responses: returned)(three)
+
+
+def test_a_reward_function_cannot_change_what_it_is_given(three: Rollout) -> None:
+    rows = [{"role": "user", "content": "a"}]
+    given = Rollout(**{**vars(three), "prompts": [rows] * 3, "columns": {"topic": [["x"], ["y"], ["z"]]}})
+    before = str(vars(given))
+
+    def careless(prompts: Any, responses: Any, topic: Any) -> list[float]:
+        prompts[0][0]["content"] = "changed"
+        responses.sort(reverse=True)
+        topic[0].append("more")
+        topic.clear()
+        return [1.0] * len(responses)
+
+    assert FunctionReward(careless)(given).tolist() == [1.0] * 3
+    assert str(vars(given)) == before
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""A step of sampling with its blocks compiled: one compilation for all of them, where Triton is at hand."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._triton import has_triton
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from rlhf_lightning.networks.sharding import blocks
+
+_compiled: dict[type[nn.Module], Any] = {}
+_caches: "WeakKeyDictionary[Any, Cache]" = WeakKeyDictionary()
+
+
+def can_be_compiled(policy: nn.Module) -> bool:
+    """Return whether the architecture says that it can be, and all its linear layers are plain ones."""
+    linear = (layer for block in blocks(policy) for layer in block.modules() if hasattr(layer, "in_features"))
+    return (
+        has_triton()
+        and isinstance(policy, PreTrainedModel)
+        and policy._can_compile_fullgraph
+        and bool(blocks(policy))
+        and all(len(_numbered(block)) == 1 for block in blocks(policy))
+        and all(type(layer) is nn.Linear for layer in linear)
+    )
+
+
+@contextmanager
+def compiled_blocks(policy: nn.Module) -> Iterator[None]:
+    """Let the blocks read one token a row by compiled code, whose kernels each do what many do otherwise."""
+    before = torch._dynamo.config.cache_size_limit
+    # One for each span and number of slots until the lengths are taken as variable.
+    torch._dynamo.config.cache_size_limit = max(before, 64)
+    for block in blocks(policy):
+        vars(block)["forward"] = _Compiled(block)
+    try:
+        yield
+    finally:
+        torch._dynamo.config.cache_size_limit = before
+        for block in blocks(policy):
+            del vars(block)["forward"]
+
+
+class _Compiled:
+    """The forward of a block, which is told that it is the only one: its number would need a compilation of its own."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        (self.attention,) = _numbered(block)
+        self.forward = _compiled.setdefault(type(block), torch.compile(type(block).forward))
+
+    def __call__(self, hidden_states: Tensor, *arguments: Any, past_key_values: Cache, **settings: Any) -> Any:
+        number = self.attention.layer_idx
+        layer: Any = past_key_values.layers[number]
+        cache = _caches.setdefault(layer, Cache(layers=[layer]))
+        self.attention.layer_idx = 0
+        try:
+            return self.forward(self.block, hidden_states, *arguments, past_key_values=cache, **settings)
+        finally:
+            self.attention.layer_idx = number
+
+
+def _numbered(block: nn.Module) -> list[Any]:
+    """Return what knows its place among the blocks, and asks the cache for its states."""
+    return [part for part in block.modules() if hasattr(part, "layer_idx")]
