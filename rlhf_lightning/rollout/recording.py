@@ -1,5 +1,6 @@
 """Steps of sampling as they are made on a device: one after the other on a CPU, as recorded CUDA graphs on a GPU."""
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -10,6 +11,8 @@ from torch import nn
 
 from rlhf_lightning.rollout.compiled import can_be_compiled, compiled_blocks
 from rlhf_lightning.rollout.slots import Slots
+
+log = logging.getLogger(__name__)
 
 UNSEEN = 16
 """Steps on a GPU that the host does not wait for; up to so many less one are made in vain when all have ended."""
@@ -72,6 +75,7 @@ class Recorder:
         self._made_for: Any = None
         self._recordings: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
         self._pool: Any = None
+        self._can_record = True
         self._around_a_step: Callable[[nn.Module], AbstractContextManager[None]] = _as_it_is
 
     def slots(self, policy: nn.Module, like: Any, **sizes: Any) -> Slots:
@@ -79,7 +83,7 @@ class Recorder:
         made_for = _what_it_depends_on(policy)
         if made_for != self._made_for:
             self._forget()
-            self._made_for = made_for
+            self._made_for, self._can_record = made_for, True
             self._around_a_step = compiled_blocks if can_be_compiled(policy) else _as_it_is
         if self._slots is None or not self._slots.fit(like, **sizes):
             self._forget()
@@ -99,10 +103,13 @@ class Recorder:
             self._recordings[kind] = None
             return
         recording = self._recordings[kind]
-        if recording is None:
+        if recording is None and self._can_record:
             recording = self._record(policy, slots, in_use, span)
             self._recordings[kind] = recording
-        recording.replay()
+        if recording is None:
+            slots.step(policy, in_use, span)
+        else:
+            recording.replay()
 
     def usual(self, kept: list[int], in_use: int) -> list[int]:
         """Fill up to half of the slots in use, to a quarter and so on."""
@@ -117,10 +124,16 @@ class Recorder:
         # A pool of memory ends with the last recording that it served.
         self._pool = None
 
-    def _record(self, policy: nn.Module, slots: Slots, in_use: int, span: int) -> torch.cuda.CUDAGraph:
+    def _record(self, policy: nn.Module, slots: Slots, in_use: int, span: int) -> torch.cuda.CUDAGraph | None:
         recording = torch.cuda.CUDAGraph()
-        with self._around_a_step(policy), torch.cuda.graph(recording, pool=self._pool):
-            slots.step(policy, in_use, span)
+        try:
+            with self._around_a_step(policy), torch.cuda.graph(recording, pool=self._pool):
+                slots.step(policy, in_use, span)
+        except RuntimeError as error:
+            # A network whose forward waits for the host, to see a number, cannot be recorded.
+            log.warning("sampling is not recorded, and slower: %s", str(error).splitlines()[0])
+            self._can_record = False
+            return None
         self._pool = recording.pool()
         return recording
 
