@@ -2,17 +2,18 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import asdict
+from itertools import product
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
@@ -407,6 +408,10 @@ class PPOModule(LanguageModule):
 
     def losses(self, experience: Experience) -> dict[str, Tensor]:
         """Return the policy's quantities of each sampled token (B, R), and the critic's of each state (B, R + 1)."""
+        return self.policy_losses(experience) | self.value_losses(experience)
+
+    def policy_losses(self, experience: Experience) -> dict[str, Tensor]:
+        """Return the policy's quantities of each sampled token (B, R)."""
         tokens, attention_mask = experience.tokens, experience.attention_mask
         length = experience.response_mask.shape[1]
         logits = response_logits(self.policy, tokens, attention_mask, length=length)
@@ -423,10 +428,15 @@ class PPOModule(LanguageModule):
         }
         if self.kl_penalty != "reward":
             quantities["kl_loss"] = self._kl_loss(logprobs, experience)
+        return quantities
+
+    def value_losses(self, experience: Experience) -> dict[str, Tensor]:
+        """Return the critic's quantities of each state (B, R + 1), none where there is no critic."""
         if self.critic is None:
-            return quantities
-        values = response_values(self.critic, tokens, attention_mask, length=length)
-        return quantities | {
+            return {}
+        length = experience.response_mask.shape[1]
+        values = response_values(self.critic, experience.tokens, experience.attention_mask, length=length)
+        return {
             "value_loss": clipped_value_loss(
                 values, experience.old_values, experience.returns, value_clip_range=self.value_clip_range
             ),
@@ -579,28 +589,47 @@ class PPOModule(LanguageModule):
         policy_scale = tokens / sequences if self.loss_mean == "sequences" else 1.0
         sums: dict[str, Tensor] = {}
         parts = list(trimmed_micro_batches(minibatch, micro_batch_size=self.micro_batch_size))
-        for part in parts:
-            quantities = self.losses(part)
+        passes = self.passes
+        for part, losses in product(parts, passes):
             means = {
                 name: masked_sum(x, part.value_mask).sum() / states
                 if name in OF_STATES
                 else masked_sum(x, part.response_mask).sum() / tokens
-                for name, x in quantities.items()
+                for name, x in losses(part).items()
             }
-            with self._gradient_sync(part is parts[-1]):
+            with self._gradient_sync(part is parts[-1], begun=losses is not passes[0]):
                 # Data-parallel strategies average over ranks, while these losses are parts of one global mean.
                 self.manual_backward(self._loss(means, policy_scale) * self.trainer.world_size)
-            sums = {name: sums[name] + x.detach() if sums else x.detach() for name, x in means.items()}
+            sums |= {name: sums[name] + x.detach() if name in sums else x.detach() for name, x in means.items()}
         totals = self.sum_over_ranks(torch.stack(list(sums.values())))
         return dict(zip(sums, totals, strict=True)) | pretraining
 
+    @property
+    def passes(self) -> list[Callable[[Experience], dict[str, Tensor]]]:
+        """What is read and differentiated in turn: the policy, then the critic, each in a backward of its own.
+
+        They share no trained weight, so that the gradients are those of the sum, and one network's activations are held
+        at a time. On one trunk they are read together, and so they are where DDP looks for weights that a loss does not
+        need: those of the critic would be such in the policy's.
+        """
+        strategy = None if self._trainer is None else self.trainer.strategy
+        ddp: Any = strategy.model if isinstance(strategy, DDPStrategy) else None
+        looks_for_unused = ddp is not None and ddp.find_unused_parameters
+        if self.critic is None or self.shares_trunk or looks_for_unused:
+            return [self.losses]
+        return [self.policy_losses, self.value_losses]
+
     def _loss(self, means: dict[str, Tensor], policy_scale: float) -> Tensor:
-        """Return what is minimised: the policy's terms, and the critic's beside them."""
-        policy = means["policy_loss"] - self.entropy_coef * means["entropy"]
-        if "kl_loss" in means:
-            policy = policy + self.beta * means["kl_loss"]
-        loss = policy_scale * policy
-        return loss + self.value_coef * means["value_loss"] if "value_loss" in means else loss
+        """Return what is minimised of what there is: the policy's terms, and the critic's beside them."""
+        terms: list[Tensor] = []
+        if "policy_loss" in means:
+            policy = means["policy_loss"] - self.entropy_coef * means["entropy"]
+            if "kl_loss" in means:
+                policy = policy + self.beta * means["kl_loss"]
+            terms.append(policy_scale * policy)
+        if "value_loss" in means:
+            terms.append(self.value_coef * means["value_loss"])
+        return sum(terms[1:], start=terms[0])
 
     def _add_ptx_gradients(self, batches: BatchStream) -> dict[str, Tensor]:
         """Add ptx_coef times the gradient of the next-token loss (Ouyang et al. 2022, eq. 2); return that loss."""
@@ -619,12 +648,17 @@ class PPOModule(LanguageModule):
         return {"ptx_loss": self.sum_over_ranks(torch.stack(losses).sum())}
 
     @contextmanager
-    def _gradient_sync(self, wanted: bool) -> Iterator[None]:
+    def _gradient_sync(self, wanted: bool, *, begun: bool = False) -> Iterator[None]:
+        """Hold the block of a backward; the gradients travel between ranks where that is ``wanted``, once for each.
+
+        Those of DDP travel as they appear, until all of them have: a backward that follows the one that has ``begun``
+        it brings its own along, and must not begin anew.
+        """
         strategy = self.trainer.strategy
         for network in (self.policy, self.critic):
             if network is not None:
                 set_gradient_sync(network, wanted)
-        if wanted or not isinstance(strategy, ParallelStrategy):
+        if (wanted and not begun) or not isinstance(strategy, ParallelStrategy):
             yield
         else:
             with strategy.block_backward_sync():

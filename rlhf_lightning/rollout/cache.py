@@ -34,6 +34,15 @@ class RoomyLayer(DynamicLayer):
         """Keep the rows at ``indices``."""
         self._hold(self._all_keys[indices], self._all_values[indices], self.get_seq_length())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, room included."""
+        return self._all_keys.nbytes + self._all_values.nbytes
+
+    def fill(self, length: int) -> None:
+        """Count so many tokens as written, whatever there is in their place."""
+        self._hold(self._all_keys, self._all_values, length)
+
     def _hold(self, keys: Tensor, values: Tensor, length: int) -> None:
         self._all_keys, self._all_values = keys, values
         self.keys, self.values = keys[..., :length, :], values[..., :length, :]

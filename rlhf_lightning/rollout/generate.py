@@ -136,14 +136,19 @@ def draw(logits: Float[Tensor, "B V"], *, temperature: float, generator: torch.G
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
-    blocks = nn.functional.pad(probabilities, (0, -logits.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    blocks = blocks_of(logits, temperature=temperature)
     masses = blocks.sum(dim=2)
     if not masses.isfinite().all():
         raise InputError("the policy's logits are not finite: its weights hold NaN, or overflowed in this precision")
     block = _invert(masses, generator)
     token = _invert(blocks[torch.arange(len(blocks), device=blocks.device), block], generator)
     return block * BLOCK + token
+
+
+def blocks_of(logits: Float[Tensor, "B V"], *, temperature: float) -> Float[Tensor, "B N K"]:
+    """Return softmax(logits / temperature) in float32, cut into blocks of neighbouring tokens."""
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    return nn.functional.pad(probabilities, (0, -logits.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
 
 
 def _invert(weights: Float[Tensor, "B N"], generator: torch.Generator) -> Int[Tensor, " B"]:
