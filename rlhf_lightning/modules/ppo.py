@@ -35,7 +35,6 @@ from rlhf_lightning.modules.hardware import OptimizerName
 from rlhf_lightning.modules.language import (
     LanguageModule,
     adamw,
-    embeddings_and_heads,
     predictions,
     trained_weights,
     without_dropout_on_purpose,
@@ -45,12 +44,13 @@ from rlhf_lightning.modules.ptx import BatchStream
 from rlhf_lightning.modules.sharding import Gathering, gathered_where_wanted
 from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
 from rlhf_lightning.networks.critic import Copy, TrunkCritic, new_value_head
+from rlhf_lightning.networks.embeddings import embeddings_and_heads
 from rlhf_lightning.networks.lora import train_adapter
 from rlhf_lightning.networks.roles import frozen, have_one_backbone, on_the_same_backbone, reference_of
 from rlhf_lightning.networks.sharding import set_gradient_sync
 from rlhf_lightning.preflight import check_ppo, check_ppo_strategy, of_all_processes, of_status, refusal
 from rlhf_lightning.preflight.out_of_memory import naming_phase
-from rlhf_lightning.preflight.stages import ppo_memory
+from rlhf_lightning.preflight.phases import ppo_memory
 from rlhf_lightning.rollout.experience import (
     AdvantageSettings,
     Baseline,

@@ -101,7 +101,7 @@ def weights_without_numbers(modules: Iterable[nn.Module], device: torch.device) 
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     stand_ins: dict[int, Tensor] = {}
-    places: list[tuple[dict[str, Any], str, Tensor]] = []
+    places: list[tuple[Any, str, Tensor]] = []
     for module in modules:
         for held in () if is_quantized_layer(module) else (module._parameters, module._buffers):
             places += [(held, name, x) for name, x in held.items() if x is not None and not isinstance(x, FakeTensor)]
@@ -126,22 +126,19 @@ def allocated(
 ) -> PhaseMemory:
     """Return what ``work`` with these modules holds at its peak beside their weights and gradients.
 
-    With ``gradients`` every trained weight has one from the beginning, as from a micro-batch before. Raises
-    `RuntimeError` where the work cannot be done without numbers.
+    With ``gradients`` every trained weight has one from the beginning, as from the work before. Raises `RuntimeError`
+    where the work cannot be done without numbers.
     """
     parts = [part for module in modules for part in module.modules()]
     with weights_without_numbers(parts, device) as weights:
         trained = [weight for weight in weights if weight.requires_grad]
-        for weight in trained:
-            weight.grad = torch.empty_like(weight) if gradients else None
-        found = [weight.grad for weight in weights if weight.grad is not None]
-        with Allocations([*weights, *found], vocabulary=vocabulary) as counted:
+        with torch.enable_grad(), Allocations(weights, vocabulary=vocabulary) as counted:
+            for weight in trained:
+                weight.grad = torch.empty_like(weight) if gradients else None
             work()
-        if gradients:
-            return counted.peak
         grown = sum(weight.grad.nbytes for weight in trained if weight.grad is not None)
-        # What is left for the work, where its peak is before or after that of the gradients.
-        return PhaseMemory(max(0, counted.peak.activations - grown), counted.peak.logits)
+    # Gradients count elsewhere: less is left for the work where the peak is while they are not there yet.
+    return PhaseMemory(max(0, counted.peak.activations - grown), counted.peak.logits)
 
 
 def _stand_in(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:

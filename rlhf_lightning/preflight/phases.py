@@ -1,25 +1,29 @@
 """What the phases of a run hold beside weights, gradients and optimizer, each done once without numbers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.functional.masking import position_ids
+from rlhf_lightning.networks.embeddings import embeddings_and_heads
+from rlhf_lightning.networks.sharding import is_sharded
 from rlhf_lightning.preflight.allocations import PhaseMemory, allocated
+from rlhf_lightning.preflight.memory import ADAMW_STATES, Estimate, RoleMemory, role_memory
 from rlhf_lightning.rollout.cache import RoomyLayer, make_room
 from rlhf_lightning.rollout.generate import blocks_of
-from rlhf_lightning.rollout.reward import ModelReward
+from rlhf_lightning.rollout.reward import ModelReward, Reward
 from rlhf_lightning.rollout.score import score_rows
-from rlhf_lightning.types import Experience
+from rlhf_lightning.types import ComparisonBatch, Experience, SFTBatch
 
 Losses = Callable[[Experience], dict[str, Tensor]]
 
 
-class Roles(Protocol):
-    """The networks of PPO, and what is read and differentiated in turn."""
+class PPONetworks(Protocol):
+    """PPO, as far as its memory goes."""
 
     @property
     def policy(self) -> nn.Module:
@@ -34,10 +38,148 @@ class Roles(Protocol):
         """The critic, None where there is none."""
 
     @property
+    def ema(self) -> nn.Module | None:
+        """The moving average of the policy, None where none is kept."""
+
+    @property
+    def reward(self) -> Reward | None:
+        """The reward."""
+
+    @property
     def passes(self) -> Sequence[Losses]:
         """What an update makes of a micro-batch, each of them followed by a backward."""
 
+    @property
+    def optimizer(self) -> str:
+        """AdamW as it is, or with moments in 8 bits."""
+
+    minibatch_size: int
+    micro_batch_size: int
+    max_new_tokens: int
     temperature: float
+    ptx_coef: float
+
+
+class Supervised(Protocol):
+    """Fine-tuning or the training of a reward model, as far as its memory goes."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that is trained."""
+
+    def differentiated(self, batch: Any) -> Tensor:
+        """Return what a backward of a batch starts from."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All submodules."""
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step has the gradients of several batches."""
+
+    @property
+    def optimizer(self) -> str:
+        """AdamW as it is, or with moments in 8 bits."""
+
+
+def ppo_memory(run: PPONetworks, device: torch.device, *, sequences: int, prompt_length: int) -> Estimate:
+    """Return what each role needs, and what each phase of a rollout of so many sequences needs beside them."""
+    networks = {
+        "policy": run.policy,
+        "critic": run.critic,
+        "reference": run.reference,
+        "reward": run.reward,
+        "average": run.ema,
+    }
+    held = {role: network for role, network in networks.items() if network is not None}
+    roles = roles_memory(held, device, optimizer=run.optimizer)
+    new = run.max_new_tokens
+    length = prompt_length + new
+    rows = min(run.micro_batch_size, run.minibatch_size)
+
+    def work() -> dict[str, PhaseMemory]:
+        models = [] if run.reward is None else list(run.reward.models().values())
+        return {
+            "sampling": sampling_memory(
+                run.policy,
+                device,
+                sequences=sequences,
+                prompt=prompt_length,
+                new=new,
+                temperature=run.temperature,
+            ),
+            "scoring": scoring_memory(
+                run, models, device, rows=min(run.micro_batch_size, sequences), length=length, new=new
+            ),
+            "updating": updating_memory(
+                run,
+                device,
+                rows=rows,
+                length=length,
+                new=new,
+                accumulates=rows < run.minibatch_size or run.ptx_coef > 0,
+            ),
+            **stepping(roles, device, optimizer=run.optimizer),
+        }
+
+    return _estimate(roles, held.values(), work)
+
+
+def supervised_memory(run: Supervised, batch: SFTBatch | ComparisonBatch) -> Estimate:
+    """Return what the network needs, and what the work on a batch needs beside it."""
+    device = batch.tokens.device
+    roles = roles_memory({"network": run.network}, device, optimizer=run.optimizer)
+    vocabulary = vocabulary_of(run.network)
+
+    def work() -> dict[str, PhaseMemory]:
+        update_once = partial(_update_once, run, batch)
+        # The gradients of the step before are there until the forward is done.
+        update = allocated(update_once, run.modules(), device, vocabulary=vocabulary, gradients=True)
+        return {"updating": update, **stepping(roles, device, optimizer=run.optimizer)}
+
+    return _estimate(roles, [run.network], work)
+
+
+def _update_once(run: Supervised, batch: Any) -> None:
+    loss = run.differentiated(batch)
+    if not run.accumulates:
+        run.network.zero_grad()
+    loss.backward()
+
+
+def roles_memory(networks: Mapping[str, nn.Module], device: torch.device, *, optimizer: str) -> dict[str, RoleMemory]:
+    """Return what each network needs; on a backbone that several hold, the first of them has its weights."""
+    roles: dict[str, RoleMemory] = {}
+    counted: set[nn.Parameter] = set()
+    for role, network in networks.items():
+        roles[role] = role_memory(
+            [p for p in network.parameters() if p not in counted],
+            device,
+            eight_bit=optimizer != "adamw",
+            in_32_bits=embeddings_and_heads(network),
+        )
+        counted.update(network.parameters())
+    return roles
+
+
+def stepping(roles: Mapping[str, RoleMemory], device: torch.device, *, optimizer: str) -> dict[str, PhaseMemory]:
+    """Return what a step holds: on CUDA torch's AdamW works on all weights at once, with a denominator for each."""
+    if device.type != "cuda" or optimizer != "adamw":
+        return {}
+    return {"stepping": PhaseMemory(sum(role.optimizer for role in roles.values()) // ADAMW_STATES)}
+
+
+def _estimate(
+    roles: Mapping[str, RoleMemory], networks: Iterable[nn.Module], work: Callable[[], dict[str, PhaseMemory]]
+) -> Estimate:
+    if any(is_sharded(network) for network in networks):
+        return Estimate(roles, {}, unknown="the weights lie in parts on several processes")
+    try:
+        return Estimate(roles, work())
+    except RuntimeError as error:
+        # What an architecture decides by what it has computed cannot be decided without numbers.
+        reason = str(error).strip().splitlines()[:1]
+        return Estimate(roles, {}, unknown=f"the network cannot be read without numbers ({', '.join(reason)})")
 
 
 def vocabulary_of(network: nn.Module) -> int:
@@ -84,7 +226,7 @@ def sampling_memory(
 
 
 def scoring_memory(
-    run: Roles, rewards: Sequence[ModelReward], device: torch.device, *, rows: int, length: int, new: int
+    run: PPONetworks, rewards: Sequence[ModelReward], device: torch.device, *, rows: int, length: int, new: int
 ) -> PhaseMemory:
     """Return what it takes to read so many rows of prompt and response by policy, reference and critic, or a reward."""
     vocabulary = vocabulary_of(run.policy)
@@ -117,7 +259,7 @@ def scoring_memory(
 
 
 def updating_memory(
-    run: Roles, device: torch.device, *, rows: int, length: int, new: int, accumulates: bool
+    run: PPONetworks, device: torch.device, *, rows: int, length: int, new: int, accumulates: bool
 ) -> PhaseMemory:
     """Return what forward and backward of a micro-batch of so many rows hold.
 

@@ -17,7 +17,7 @@ from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.networks import LoRA, NetworkConfig, load_policy, load_reward_model, load_tokenizer, save_pretrained
 from rlhf_lightning.networks.lora import adapter_weights, has_adapter
 from rlhf_lightning.networks.quantizing import dequantized, is_quantized_layer
-from rlhf_lightning.preflight.stages import ppo_memory
+from rlhf_lightning.preflight.phases import ppo_memory
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, SFTBatch
 
 pytestmark = [
@@ -101,7 +101,7 @@ def test_all_four_roles_stand_on_one_backbone_and_take_over_their_adapters(hand_
 
 def test_the_estimate_of_memory_counts_a_shared_backbone_once(hand_off: tuple[Path, Path, str]) -> None:
     module = shared(*hand_off)
-    roles, _ = ppo_memory(module, torch.device("cpu"), sequences=6, prompt_length=5)
+    roles = ppo_memory(module, torch.device("cpu"), sequences=6, prompt_length=5).roles
     # Each object once, in whichever role it is.
     assert sum(role.weights for role in roles.values()) == sum(p.nbytes for p in module.parameters())
     assert roles["policy"].weights > 5 * roles["reference"].weights
@@ -256,9 +256,7 @@ def test_two_processes_have_one_gradient_whether_or_not_ddp_looks_for_unused_wei
         critic_learning_rate=1e-3,
     )
     started = {name: value.clone() for name, value in module.state_dict().items()}
-    strategy = DDPStrategy(
-        start_method="fork", timeout=timedelta(seconds=30), find_unused_parameters=looks_for_unused
-    )
+    strategy = DDPStrategy(start_method="fork", timeout=timedelta(seconds=30), find_unused_parameters=looks_for_unused)
     trainer(max_epochs=1, strategy=strategy, devices=2).fit(module)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first[1:] == second[1:] == (passes, 8)
