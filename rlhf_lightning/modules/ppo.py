@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import asdict
 from itertools import product
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -39,9 +39,10 @@ from rlhf_lightning.modules.language import (
     trained_weights,
     without_dropout_on_purpose,
 )
+from rlhf_lightning.modules.micro_batches import largest_micro_batch
 from rlhf_lightning.modules.ppo_checks import CriticKind, KLPenalty, LossMean, check_settings, without_effect
 from rlhf_lightning.modules.ptx import BatchStream
-from rlhf_lightning.modules.sharding import Gathering, gathered_where_wanted
+from rlhf_lightning.modules.sharding import Gathering, gathered_where_wanted, shards_weights
 from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
 from rlhf_lightning.networks.critic import Copy, TrunkCritic, new_value_head
 from rlhf_lightning.networks.embeddings import embeddings_and_heads
@@ -71,6 +72,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+UNTIL_FOUND = 8
+"""Sequences that micro_batch_size=auto reads at a time where it has not found how many fit: in a validation before."""
 
 OF_STATES = ("value_loss", "value_clip_fraction")
 """Quantities of an update that have a place for each state (B, R + 1); the others have one for each token (B, R)."""
@@ -133,7 +137,7 @@ class PPOModule(LanguageModule):
         ptx_data: LightningDataModule | None = None,
         ppo_epochs: int = 4,
         minibatch_size: int = 32,
-        micro_batch_size: int = 8,
+        micro_batch_size: int | Literal["auto"] = 8,
         learning_rate: float = 3e-6,
         critic_learning_rate: float = 3e-6,
         lr_schedule: Schedule = "linear",
@@ -153,8 +157,8 @@ class PPOModule(LanguageModule):
         """Load the policy; the other roles are made in `setup`, when the tokenizer is known.
 
         Sizes count sequences of one process: ``minibatch_size`` for each optimizer step, which must divide the rollout,
-        and ``micro_batch_size`` for each forward. Raises `InputError` where a setting is out of its range or two
-        contradict each other, before anything is loaded.
+        and ``micro_batch_size`` for each forward, of which "auto" finds the largest that fits when training starts.
+        Raises `InputError` where a setting is out of its range or two contradict each other, before anything is loaded.
         """
         check_settings(locals())
         super().__init__(model, tokenizer, max_bad_updates=max_bad_updates)
@@ -193,7 +197,8 @@ class PPOModule(LanguageModule):
         self.ptx_data = ptx_data
         self.ppo_epochs = ppo_epochs
         self.minibatch_size = minibatch_size
-        self.micro_batch_size = micro_batch_size
+        self.finds_micro_batch_size = micro_batch_size == "auto"
+        self.micro_batch_size = min(UNTIL_FOUND, minibatch_size) if micro_batch_size == "auto" else micro_batch_size
         self.learning_rate = learning_rate
         self.critic_learning_rate = critic_learning_rate
         self.lr_schedule = lr_schedule
@@ -220,7 +225,7 @@ class PPOModule(LanguageModule):
             reward,
             self.required_tokenizer,
             tokenizer=reward_tokenizer,
-            micro_batch_size=micro_batch_size,
+            micro_batch_size=self.micro_batch_size,
             backbone=self.policy if self.shares_backbone else None,
         )
         self.reward: Reward | None = None
@@ -245,6 +250,11 @@ class PPOModule(LanguageModule):
         callbacks = super().configure_callbacks()
         trainer = self.trainer
         check_ppo_strategy(type(trainer.strategy).__name__)
+        if self.finds_micro_batch_size and shards_weights(trainer.strategy):
+            raise InputError(
+                f"micro_batch_size=auto tries a micro-batch on one process at a time, and under "
+                f"{type(trainer.strategy).__name__} each forward needs all processes; set a number"
+            )
         if trainer.gradient_clip_val:
             raise InputError(
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) cannot clip the several updates of a rollout; "
@@ -290,10 +300,20 @@ class PPOModule(LanguageModule):
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Look at the run before its first update; one that goes on from a checkpoint is past that."""
         self.check_batch(batch)
+        if self.finds_micro_batch_size:
+            self.use_micro_batches_of(largest_micro_batch(self, batch))
+            log.info("micro_batch_size=auto: %d sequences fit", self.micro_batch_size)
         if self.preflight and self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
             self._require_preflight(batch)
             # A second `fit` of this module goes on from weights that were trained.
             self.preflight = False
+
+    def use_micro_batches_of(self, size: int) -> None:
+        """Read so many sequences at a time; reward models no more than that."""
+        self.micro_batch_size = size
+        for model in self._reward.models().values():
+            model.micro_batch_size = min(model.micro_batch_size, size)
+        self.finds_micro_batch_size = False
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample a rollout, score it, estimate advantages, and update policy and critic."""
@@ -497,6 +517,7 @@ class PPOModule(LanguageModule):
             "seen_scores": asdict(self.seen_scores),
             "seen_rewards": asdict(self.seen_rewards),
             "ptx_drawn": self.ptx_drawn,
+            "micro_batch_size": self.micro_batch_size,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -506,6 +527,9 @@ class PPOModule(LanguageModule):
         self.beta, self.updates, self.ptx_drawn = state["beta"], state["updates"], state["ptx_drawn"]
         self.seen_scores = RunningMoments(**state["seen_scores"])
         self.seen_rewards = RunningMoments(**state["seen_rewards"])
+        if self.finds_micro_batch_size:
+            # Another size would round differently.
+            self.use_micro_batches_of(state["micro_batch_size"])
 
     def _require_preflight(self, batch: PromptBatch) -> None:
         """Log what is doubtful; raises `InputError` on all processes where one of them finds an error."""

@@ -1,6 +1,7 @@
 """How much memory a run will need, by role, against what there is: an estimate."""
 
 import math
+import resource
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,11 @@ class Estimate:
         return sum(role.weights - role.there + role.gradients + role.optimizer for role in self.roles.values())
 
     @property
+    def needed(self) -> int | None:
+        """Bytes that are still needed in all, None where the work is not known."""
+        return self.lasting + max(need.total for need in self.work.values()) if self.work else None
+
+    @property
     def peak(self) -> int:
         """Bytes of the run at its peak, weights that are there already included."""
         there = sum(role.there for role in self.roles.values())
@@ -95,15 +101,21 @@ def cache_bytes(network: nn.Module, *, sequences: int, length: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the memory that can still be had on a device, None where that cannot be asked."""
+    """Return the memory that can still be had on a device, None where that cannot be asked.
+
+    On a CPU no more than the process may take (`ulimit -v`).
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     meminfo = Path("/proc/meminfo")
     if device.type != "cpu" or not meminfo.exists():
         return None
-    line = next(line for line in meminfo.read_text("ascii").splitlines() if line.startswith("MemAvailable:"))
-    return int(line.split()[1]) * 1024
+    available = _kib(meminfo, "MemAvailable:")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return available
+    return min(available, max(0, limit - _kib(Path("/proc/self/status"), "VmSize:")))
 
 
 def check_memory(estimate: Estimate, *, free: int | None) -> Finding:
@@ -136,6 +148,11 @@ def by_role_and_phase(estimate: Estimate) -> list[str]:
     lines = [f"{role}: {need}" for role, need in estimate.roles.items()]
     lines += [f"{phase}: {_size(need.total)} beside them ({_parts(need)})" for phase, need in estimate.work.items()]
     return lines if estimate.work else [*lines, f"work: not known, {estimate.unknown}"]
+
+
+def _kib(table: Path, name: str) -> int:
+    line = next(line for line in table.read_text("utf-8").splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 def _size_of(weight: nn.Parameter) -> int:

@@ -89,7 +89,9 @@ def measure(folder: Path, micro_batch_size: int, precision: str, run: dict[str, 
             whole = ComparisonBatch(tokens, mask, mask, rows // 2, rows % 2, torch.zeros(BATCH))
         batches = [whole.rows(part) for part in rows.split(micro_batch_size)] * 2
         if run["stage"] == "reward":
-            batches = [ComparisonBatch(**{**vars(b), "prompt_index": b.prompt_index - b.prompt_index[0]}) for b in batches]
+            batches = [
+                ComparisonBatch(**{**vars(b), "prompt_index": b.prompt_index - b.prompt_index[0]}) for b in batches
+            ]
         settings = {"accumulate_grad_batches": BATCH // micro_batch_size}
     trainer = Trainer(
         accelerator="gpu",
