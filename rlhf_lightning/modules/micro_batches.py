@@ -18,17 +18,12 @@ def largest_micro_batch(run: "PPOModule", batch: PromptBatch) -> int:
     The estimate says where to begin; a forward and backward of the longest rows, with nothing to learn, says whether
     it is right. It changes nothing but the run's ``micro_batch_size``.
     """
-    device, prompt, new = run.device, batch.prompt_tokens.shape[1], run.max_new_tokens
+    device, length = run.device, batch.prompt_tokens.shape[1] + run.max_new_tokens
     trained = {"policy": run.policy} | ({} if run.critic is None else {"critic": run.critic})
     moments = sum(role.optimizer for role in roles_memory(trained, device, optimizer=run.optimizer).values())
 
-    def needed(size: int) -> int | None:
-        run.micro_batch_size = size
-        sequences = len(batch) * run.samples_per_prompt
-        return ppo_memory(run, device, sequences=sequences, prompt_length=prompt).needed
-
     def trial(size: int) -> None:
-        experience = blank_experience(device, rows=size, length=prompt + new, new=new)
+        experience = blank_experience(device, rows=size, length=length, new=run.max_new_tokens)
         # The second has the gradients of the first beside it, as all but the first of a step.
         times = 2 if size < run.minibatch_size else 1
 
@@ -39,7 +34,18 @@ def largest_micro_batch(run: "PPOModule", batch: PromptBatch) -> int:
         with run.trainer.precision_plugin.train_step_context():
             with_room_for(moments, trained.values(), work, device)
 
-    size = largest_by_estimate(needed, most=run.minibatch_size, free=free_bytes(device))
     # The smallest on any process.
-    size = -largest_on_any_process(-size, device)
+    size = -largest_on_any_process(-estimated_micro_batch(run, batch), device)
     return largest_by_trial(trial, most=size, device=device)
+
+
+def estimated_micro_batch(run: "PPOModule", batch: PromptBatch) -> int:
+    """Return the largest of the minibatch's halvings that fits on the batch's device by the estimate."""
+    device = batch.prompt_tokens.device
+
+    def needed(size: int) -> int | None:
+        run.micro_batch_size = size
+        sequences = len(batch) * run.samples_per_prompt
+        return ppo_memory(run, device, sequences=sequences, prompt_length=batch.prompt_tokens.shape[1]).needed
+
+    return largest_by_estimate(needed, most=run.minibatch_size, free=free_bytes(device))
