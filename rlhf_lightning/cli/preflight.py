@@ -159,14 +159,12 @@ def look_at_rows(here: "Trainer", module: Any, data: "TextDataModule[Any]") -> "
 
 def settle_micro_batch(here: "Trainer", module: Any, data: "TextDataModule[Any]") -> None:
     """Let PPO with micro_batch_size=auto use what it would by the estimate; a run also tries it."""
-    from rlhf_lightning.modules import PPOModule
-    from rlhf_lightning.modules.micro_batches import estimated_micro_batch
+    from rlhf_lightning.data import PPODataModule
 
-    if isinstance(module, PPOModule) and module.finds_micro_batch_size:
+    if isinstance(data, PPODataModule) and module.finds_micro_batch_size:
         batch = data.collate(data.pad_token_id)(short_and_long(data.train_items, data.batch_size))
         with here.precision_plugin.train_step_context():
-            size = estimated_micro_batch(module, batch.to(here.strategy.root_device))
-        module.use_micro_batches_of(size)
+            module.estimate_micro_batch_size(batch.to(here.strategy.root_device))
 
 
 def short_and_long(items: Sequence[Any], number: int) -> list[Any]:

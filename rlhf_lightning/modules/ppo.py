@@ -39,7 +39,7 @@ from rlhf_lightning.modules.language import (
     trained_weights,
     without_dropout_on_purpose,
 )
-from rlhf_lightning.modules.micro_batches import largest_micro_batch
+from rlhf_lightning.modules.micro_batches import estimated_micro_batch, largest_micro_batch
 from rlhf_lightning.modules.ppo_checks import CriticKind, KLPenalty, LossMean, check_settings, without_effect
 from rlhf_lightning.modules.ptx import BatchStream
 from rlhf_lightning.modules.sharding import Gathering, gathered_where_wanted, shards_weights
@@ -307,6 +307,10 @@ class PPOModule(LanguageModule):
             self._require_preflight(batch)
             # A second `fit` of this module goes on from weights that were trained.
             self.preflight = False
+
+    def estimate_micro_batch_size(self, batch: PromptBatch) -> None:
+        """Use the largest micro-batch that fits by the estimate, without trying it."""
+        self.use_micro_batches_of(estimated_micro_batch(self, batch))
 
     def use_micro_batches_of(self, size: int) -> None:
         """Read so many sequences at a time; reward models no more than that."""
