@@ -99,6 +99,10 @@ def weights_without_numbers(modules: Iterable[nn.Module], device: torch.device) 
     Yields them. What is computed from them has no numbers either; what several modules hold is held by them still.
     Quantised weights stay, which carry their scales with them.
     """
+    # Autograd counts the devices at its first backward. The mode pretends that there is one: autograd would start a
+    # thread for it, after which no forked process can train.
+    with torch.inference_mode(False), torch.enable_grad():
+        torch.ones((), requires_grad=True).backward()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     stand_ins: dict[int, Tensor] = {}
     places: list[tuple[Any, str, Tensor]] = []

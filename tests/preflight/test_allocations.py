@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -89,3 +91,22 @@ def test_a_weight_that_two_networks_hold_is_one() -> None:
 
     allocated(work, [one, other], CPU)
     assert one.weight is other.weight
+
+
+FORKED = """
+import os, torch
+from rlhf_lightning.preflight.allocations import allocated
+network = torch.nn.Linear(2, 1)
+work = lambda: network(torch.ones(1, 2)).sum().backward()
+allocated(work, [network], torch.device("cpu"))
+child = os.fork()
+if child == 0:
+    work()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_process_that_is_forked_afterwards_can_train() -> None:
+    # In a new process: what counts is its first backward.
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=100, capture_output=True)
