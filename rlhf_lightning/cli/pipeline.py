@@ -427,9 +427,15 @@ def train(settings: Config, stage: str, folder: Path, callbacks: "list[Callback]
 
 def stage_settings(settings: Config, stage: str, folder: Path, checkpoints: Path) -> Config:
     """Return the settings with the callbacks and loggers of one stage: each writes to, and logs to, its own folder."""
+    # PPO puts the adapters of both onto the base that they name; merged, each would be a backbone of its own.
+    as_adapter = settings["network"]["roles"] == "shared" and stage in ("sft", "reward")
     callbacks = {
         **settings["callbacks"],
-        "export": {"_target_": "rlhf_lightning.callbacks.HuggingFaceExport", "dirpath": str(folder / stage)},
+        "export": {
+            "_target_": "rlhf_lightning.callbacks.HuggingFaceExport",
+            "dirpath": str(folder / stage),
+            "export": "adapter" if as_adapter else "merged",
+        },
     }
     checkpoint = callbacks.get("checkpoint")
     if checkpoint is not None:

@@ -76,6 +76,7 @@ def look(
     sizes: list[Size] = []
     if data.train_items:
         module.check_batch(data.collate(data.pad_token_id)(data.train_items[:1]))
+        tried("micro_batch_size", lambda: settle_micro_batch(here, module, data))
         finding, sizes = sizes_of(plan, module, data)
         findings.append(finding)
         tried("networks", lambda: findings.extend(look_at_rows(here, module, data)))
@@ -154,6 +155,16 @@ def look_at_rows(here: "Trainer", module: Any, data: "TextDataModule[Any]") -> "
             return check_reward(module, batch, conversation)
         assert isinstance(batch, SFTBatch)
         return check_sft(module, batch, collate(ends_of(data)).to(device), conversation)
+
+
+def settle_micro_batch(here: "Trainer", module: Any, data: "TextDataModule[Any]") -> None:
+    """Let PPO with micro_batch_size=auto use what it would by the estimate; a run also tries it."""
+    from rlhf_lightning.data import PPODataModule
+
+    if isinstance(data, PPODataModule) and module.finds_micro_batch_size:
+        batch = data.collate(data.pad_token_id)(short_and_long(data.train_items, data.batch_size))
+        with here.precision_plugin.train_step_context():
+            module.estimate_micro_batch_size(batch.to(here.strategy.root_device))
 
 
 def short_and_long(items: Sequence[Any], number: int) -> list[Any]:

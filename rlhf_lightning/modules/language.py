@@ -36,10 +36,11 @@ from rlhf_lightning.networks import (
     max_positions,
     save_pretrained,
 )
+from rlhf_lightning.networks.embeddings import embeddings_and_heads
 from rlhf_lightning.networks.sharding import shard
 from rlhf_lightning.preflight import check_rounding
 from rlhf_lightning.preflight.out_of_memory import naming_phase
-from rlhf_lightning.preflight.stages import supervised_memory
+from rlhf_lightning.preflight.phases import supervised_memory
 from rlhf_lightning.rollout.reward import same_tokenizer
 from rlhf_lightning.types import Export, Record, SFTBatch
 
@@ -155,6 +156,11 @@ class LanguageModule(LightningModule):
         """Take a step, which under automatic optimisation contains forward and backward of its last batch."""
         with self.updating():
             super().optimizer_step(*args, **kwargs)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether the Trainer, if there is one, makes an optimizer step of several batches."""
+        return self._trainer is not None and self._trainer.accumulate_grad_batches > 1
 
     def updating(self) -> AbstractContextManager[None]:
         """Return the block of an update from the newest batch, which says so if it runs out of memory."""
@@ -393,19 +399,6 @@ def adamw(
     # On CUDA torch chooses: Lightning cannot clip gradients that a fused step unscales (16-mixed).
     on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, fused=on_cpu or None, **settings)
-
-
-def embeddings_and_heads(module: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of embeddings, output layers and scalar heads, whose gradients are rare or large."""
-    from transformers import PreTrainedModel
-
-    layers: list[Any] = []
-    for part in module.modules():
-        if isinstance(part, nn.Embedding) or (isinstance(part, nn.Linear) and part.out_features == 1):
-            layers.append(part)
-        if isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
-            layers.append(part.get_output_embeddings())
-    return [weight for layer in layers for weight in layer.parameters()]
 
 
 def trained_weights(module: nn.Module) -> list[nn.Parameter]:

@@ -2,17 +2,18 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
@@ -34,22 +35,23 @@ from rlhf_lightning.modules.hardware import OptimizerName
 from rlhf_lightning.modules.language import (
     LanguageModule,
     adamw,
-    embeddings_and_heads,
     predictions,
     trained_weights,
     without_dropout_on_purpose,
 )
+from rlhf_lightning.modules.micro_batches import estimated_micro_batch, largest_micro_batch
 from rlhf_lightning.modules.ppo_checks import CriticKind, KLPenalty, LossMean, check_settings, without_effect
 from rlhf_lightning.modules.ptx import BatchStream
-from rlhf_lightning.modules.sharding import Gathering, gathered_where_wanted
+from rlhf_lightning.modules.sharding import Gathering, gathered_where_wanted, shards_weights
 from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
 from rlhf_lightning.networks.critic import Copy, TrunkCritic, new_value_head
+from rlhf_lightning.networks.embeddings import embeddings_and_heads
 from rlhf_lightning.networks.lora import train_adapter
 from rlhf_lightning.networks.roles import frozen, have_one_backbone, on_the_same_backbone, reference_of
 from rlhf_lightning.networks.sharding import set_gradient_sync
 from rlhf_lightning.preflight import check_ppo, check_ppo_strategy, of_all_processes, of_status, refusal
 from rlhf_lightning.preflight.out_of_memory import naming_phase
-from rlhf_lightning.preflight.stages import ppo_memory
+from rlhf_lightning.preflight.phases import ppo_memory
 from rlhf_lightning.rollout.experience import (
     AdvantageSettings,
     Baseline,
@@ -70,6 +72,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+UNTIL_FOUND = 8
+"""Sequences that micro_batch_size=auto reads at a time where it has not found how many fit: in a validation before."""
 
 OF_STATES = ("value_loss", "value_clip_fraction")
 """Quantities of an update that have a place for each state (B, R + 1); the others have one for each token (B, R)."""
@@ -132,7 +137,7 @@ class PPOModule(LanguageModule):
         ptx_data: LightningDataModule | None = None,
         ppo_epochs: int = 4,
         minibatch_size: int = 32,
-        micro_batch_size: int = 8,
+        micro_batch_size: int | Literal["auto"] = 8,
         learning_rate: float = 3e-6,
         critic_learning_rate: float = 3e-6,
         lr_schedule: Schedule = "linear",
@@ -152,8 +157,8 @@ class PPOModule(LanguageModule):
         """Load the policy; the other roles are made in `setup`, when the tokenizer is known.
 
         Sizes count sequences of one process: ``minibatch_size`` for each optimizer step, which must divide the rollout,
-        and ``micro_batch_size`` for each forward. Raises `InputError` where a setting is out of its range or two
-        contradict each other, before anything is loaded.
+        and ``micro_batch_size`` for each forward, of which "auto" finds the largest that fits when training starts.
+        Raises `InputError` where a setting is out of its range or two contradict each other, before anything is loaded.
         """
         check_settings(locals())
         super().__init__(model, tokenizer, max_bad_updates=max_bad_updates)
@@ -192,7 +197,8 @@ class PPOModule(LanguageModule):
         self.ptx_data = ptx_data
         self.ppo_epochs = ppo_epochs
         self.minibatch_size = minibatch_size
-        self.micro_batch_size = micro_batch_size
+        self.finds_micro_batch_size = micro_batch_size == "auto"
+        self.micro_batch_size = min(UNTIL_FOUND, minibatch_size) if micro_batch_size == "auto" else micro_batch_size
         self.learning_rate = learning_rate
         self.critic_learning_rate = critic_learning_rate
         self.lr_schedule = lr_schedule
@@ -219,7 +225,7 @@ class PPOModule(LanguageModule):
             reward,
             self.required_tokenizer,
             tokenizer=reward_tokenizer,
-            micro_batch_size=micro_batch_size,
+            micro_batch_size=self.micro_batch_size,
             backbone=self.policy if self.shares_backbone else None,
         )
         self.reward: Reward | None = None
@@ -244,6 +250,11 @@ class PPOModule(LanguageModule):
         callbacks = super().configure_callbacks()
         trainer = self.trainer
         check_ppo_strategy(type(trainer.strategy).__name__)
+        if self.finds_micro_batch_size and shards_weights(trainer.strategy):
+            raise InputError(
+                f"micro_batch_size=auto tries a micro-batch on one process at a time, and under "
+                f"{type(trainer.strategy).__name__} each forward needs all processes; set a number"
+            )
         if trainer.gradient_clip_val:
             raise InputError(
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) cannot clip the several updates of a rollout; "
@@ -289,10 +300,24 @@ class PPOModule(LanguageModule):
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Look at the run before its first update; one that goes on from a checkpoint is past that."""
         self.check_batch(batch)
+        if self.finds_micro_batch_size:
+            self.use_micro_batches_of(largest_micro_batch(self, batch))
+            log.info("micro_batch_size=auto: %d sequences fit", self.micro_batch_size)
         if self.preflight and self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
             self._require_preflight(batch)
             # A second `fit` of this module goes on from weights that were trained.
             self.preflight = False
+
+    def estimate_micro_batch_size(self, batch: PromptBatch) -> None:
+        """Use the largest micro-batch that fits by the estimate, without trying it."""
+        self.use_micro_batches_of(estimated_micro_batch(self, batch))
+
+    def use_micro_batches_of(self, size: int) -> None:
+        """Read so many sequences at a time; reward models no more than that."""
+        self.micro_batch_size = size
+        for model in self._reward.models().values():
+            model.micro_batch_size = min(model.micro_batch_size, size)
+        self.finds_micro_batch_size = False
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample a rollout, score it, estimate advantages, and update policy and critic."""
@@ -407,6 +432,10 @@ class PPOModule(LanguageModule):
 
     def losses(self, experience: Experience) -> dict[str, Tensor]:
         """Return the policy's quantities of each sampled token (B, R), and the critic's of each state (B, R + 1)."""
+        return self.policy_losses(experience) | self.value_losses(experience)
+
+    def policy_losses(self, experience: Experience) -> dict[str, Tensor]:
+        """Return the policy's quantities of each sampled token (B, R)."""
         tokens, attention_mask = experience.tokens, experience.attention_mask
         length = experience.response_mask.shape[1]
         logits = response_logits(self.policy, tokens, attention_mask, length=length)
@@ -423,10 +452,15 @@ class PPOModule(LanguageModule):
         }
         if self.kl_penalty != "reward":
             quantities["kl_loss"] = self._kl_loss(logprobs, experience)
+        return quantities
+
+    def value_losses(self, experience: Experience) -> dict[str, Tensor]:
+        """Return the critic's quantities of each state (B, R + 1), none where there is no critic."""
         if self.critic is None:
-            return quantities
-        values = response_values(self.critic, tokens, attention_mask, length=length)
-        return quantities | {
+            return {}
+        length = experience.response_mask.shape[1]
+        values = response_values(self.critic, experience.tokens, experience.attention_mask, length=length)
+        return {
             "value_loss": clipped_value_loss(
                 values, experience.old_values, experience.returns, value_clip_range=self.value_clip_range
             ),
@@ -487,6 +521,7 @@ class PPOModule(LanguageModule):
             "seen_scores": asdict(self.seen_scores),
             "seen_rewards": asdict(self.seen_rewards),
             "ptx_drawn": self.ptx_drawn,
+            "micro_batch_size": self.micro_batch_size,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -496,6 +531,9 @@ class PPOModule(LanguageModule):
         self.beta, self.updates, self.ptx_drawn = state["beta"], state["updates"], state["ptx_drawn"]
         self.seen_scores = RunningMoments(**state["seen_scores"])
         self.seen_rewards = RunningMoments(**state["seen_rewards"])
+        if self.finds_micro_batch_size:
+            # Another size would round differently.
+            self.use_micro_batches_of(state["micro_batch_size"])
 
     def _require_preflight(self, batch: PromptBatch) -> None:
         """Log what is doubtful; raises `InputError` on all processes where one of them finds an error."""
@@ -579,28 +617,47 @@ class PPOModule(LanguageModule):
         policy_scale = tokens / sequences if self.loss_mean == "sequences" else 1.0
         sums: dict[str, Tensor] = {}
         parts = list(trimmed_micro_batches(minibatch, micro_batch_size=self.micro_batch_size))
-        for part in parts:
-            quantities = self.losses(part)
+        passes = self.passes
+        for part, losses in product(parts, passes):
             means = {
                 name: masked_sum(x, part.value_mask).sum() / states
                 if name in OF_STATES
                 else masked_sum(x, part.response_mask).sum() / tokens
-                for name, x in quantities.items()
+                for name, x in losses(part).items()
             }
-            with self._gradient_sync(part is parts[-1]):
+            with self._gradient_sync(part is parts[-1], begun=losses is not passes[0]):
                 # Data-parallel strategies average over ranks, while these losses are parts of one global mean.
                 self.manual_backward(self._loss(means, policy_scale) * self.trainer.world_size)
-            sums = {name: sums[name] + x.detach() if sums else x.detach() for name, x in means.items()}
+            sums |= {name: sums[name] + x.detach() if name in sums else x.detach() for name, x in means.items()}
         totals = self.sum_over_ranks(torch.stack(list(sums.values())))
         return dict(zip(sums, totals, strict=True)) | pretraining
 
+    @property
+    def passes(self) -> list[Callable[[Experience], dict[str, Tensor]]]:
+        """What is read and differentiated in turn: the policy, then the critic, each in a backward of its own.
+
+        They share no trained weight, so that the gradients are those of the sum, and one network's activations are held
+        at a time. On one trunk they are read together, and so they are where DDP looks for weights that a loss does not
+        need: those of the critic would be such in the policy's.
+        """
+        strategy = None if self._trainer is None else self.trainer.strategy
+        ddp: Any = strategy.model if isinstance(strategy, DDPStrategy) else None
+        looks_for_unused = ddp is not None and ddp.find_unused_parameters
+        if self.critic is None or self.shares_trunk or looks_for_unused:
+            return [self.losses]
+        return [self.policy_losses, self.value_losses]
+
     def _loss(self, means: dict[str, Tensor], policy_scale: float) -> Tensor:
-        """Return what is minimised: the policy's terms, and the critic's beside them."""
-        policy = means["policy_loss"] - self.entropy_coef * means["entropy"]
-        if "kl_loss" in means:
-            policy = policy + self.beta * means["kl_loss"]
-        loss = policy_scale * policy
-        return loss + self.value_coef * means["value_loss"] if "value_loss" in means else loss
+        """Return what is minimised of what there is: the policy's terms, and the critic's beside them."""
+        terms: list[Tensor] = []
+        if "policy_loss" in means:
+            policy = means["policy_loss"] - self.entropy_coef * means["entropy"]
+            if "kl_loss" in means:
+                policy = policy + self.beta * means["kl_loss"]
+            terms.append(policy_scale * policy)
+        if "value_loss" in means:
+            terms.append(self.value_coef * means["value_loss"])
+        return sum(terms[1:], start=terms[0])
 
     def _add_ptx_gradients(self, batches: BatchStream) -> dict[str, Tensor]:
         """Add ptx_coef times the gradient of the next-token loss (Ouyang et al. 2022, eq. 2); return that loss."""
@@ -619,12 +676,17 @@ class PPOModule(LanguageModule):
         return {"ptx_loss": self.sum_over_ranks(torch.stack(losses).sum())}
 
     @contextmanager
-    def _gradient_sync(self, wanted: bool) -> Iterator[None]:
+    def _gradient_sync(self, wanted: bool, *, begun: bool = False) -> Iterator[None]:
+        """Hold the block of a backward; the gradients travel between ranks where that is ``wanted``, once for each.
+
+        Those of DDP travel as they appear, until all of them have: a backward that follows the one that has ``begun``
+        it brings its own along, and must not begin anew.
+        """
         strategy = self.trainer.strategy
         for network in (self.policy, self.critic):
             if network is not None:
                 set_gradient_sync(network, wanted)
-        if wanted or not isinstance(strategy, ParallelStrategy):
+        if (wanted and not begun) or not isinstance(strategy, ParallelStrategy):
             yield
         else:
             with strategy.block_backward_sync():

@@ -58,6 +58,9 @@ WHY = {
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise `InputError` where a setting is out of its range, or two contradict each other."""
+    if settings["micro_batch_size"] == "auto":
+        # It will be a number that is found.
+        settings = {**settings, "micro_batch_size": 1}
     _check_types(settings)
     _check_ranges(settings)
     _check_together(settings)

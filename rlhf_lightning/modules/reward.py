@@ -164,6 +164,11 @@ class RewardModule(LanguageModule):
         self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=_prompts(batch))
         return loss
 
+    def differentiated(self, batch: ComparisonBatch) -> Tensor:
+        """Return the sum of all that the loss is made of, whose backward holds as much as that of the loss."""
+        scores, best_logprobs = self._read(batch)
+        return scores.sum() + best_logprobs.sum()
+
     def on_train_batch_start(self, batch: ComparisonBatch, batch_idx: int) -> None:
         """Look once whether sharing prompts changes scores."""
         super().on_train_batch_start(batch, batch_idx)

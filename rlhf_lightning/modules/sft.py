@@ -97,10 +97,15 @@ class SFTModule(LanguageModule):
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """Return the loss in nats per token, weighted so that the processes' average is the mean over all tokens."""
         with self.updating():
-            logits, targets = self(batch)
-        loss = self.share_of_mean(cross_entropy(logits, targets, reduction="sum"), len(targets))
+            total = self.differentiated(batch)
+        loss = self.share_of_mean(total, int(batch.loss_mask[:, 1:].sum()))
         self.log("sft/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch))
         return loss
+
+    def differentiated(self, batch: SFTBatch) -> Tensor:
+        """Return the sum of the losses of all tokens that count: what the gradient is found of, but for a factor."""
+        logits, targets = self(batch)
+        return cross_entropy(logits, targets, reduction="sum")
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
         """Measure loss, perplexity and token accuracy over the tokens that count."""

@@ -79,7 +79,9 @@ def set_gradient_sync(network: nn.Module, wanted: bool) -> None:
 
 
 def largest_on_any_process(number: int, device: torch.device) -> int:
-    """Return the largest of the processes' numbers."""
+    """Return the largest of the processes' numbers, where there are several."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return number
     found = torch.tensor(number, device=device)
     distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
     return int(found)

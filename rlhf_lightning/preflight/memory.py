@@ -1,6 +1,8 @@
 """How much memory a run will need, by role, against what there is: an estimate."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import resource
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,15 @@ import torch
 from torch import nn
 
 from rlhf_lightning.functional.dtensors import local_numel
+from rlhf_lightning.preflight.allocations import PhaseMemory
 from rlhf_lightning.preflight.findings import Finding
 
 GIB = 2**30
 ADAMW_STATES = 2
-ACTIVATION_BYTES = 34
-"""Of a token in a layer and a dimension at 16 bits, attention matrix left out (Korthikanti et al. 2023, eq. 1)."""
-
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-"""What a config must say for the work to be estimated."""
+SMALLEST_IN_8_BITS = 4096
+BLOCK_IN_8_BITS = 256
+"""Numbers that share a scale of 4 bytes, in each of AdamW's states; a weight with fewer numbers than the smallest stays
+in 32 bits (`bitsandbytes`)."""
 
 
 @dataclass(frozen=True)
@@ -36,39 +38,56 @@ class RoleMemory:
         return ", ".join(f"{part} {_size(size)}" for part, size in parts.items())
 
 
-def role_memory(weights: Iterable[nn.Parameter], device: torch.device) -> RoleMemory:
-    """Return what weights need on this process under AdamW; a frozen one has neither gradient nor state."""
-    sizes = [(p, local_numel(p) * p.element_size()) for p in weights]
-    trained = sum(size for p, size in sizes if p.requires_grad)
-    there = sum(size for p, size in sizes if p.device == device)
-    return RoleMemory(sum(size for _, size in sizes), trained, ADAMW_STATES * trained, there)
+@dataclass(frozen=True)
+class Estimate:
+    """What a run needs by role, and by phase beside the roles."""
+
+    roles: Mapping[str, RoleMemory]
+    work: Mapping[str, PhaseMemory]
+    """Empty where it is not known."""
+    unknown: str = ""
+    """Why it is not known."""
+
+    @property
+    def lasting(self) -> int:
+        """Bytes that are still needed for weights, gradients and optimizer."""
+        return sum(role.weights - role.there + role.gradients + role.optimizer for role in self.roles.values())
+
+    @property
+    def needed(self) -> int | None:
+        """Bytes that are still needed in all, None where the work is not known."""
+        return self.lasting + max(need.total for need in self.work.values()) if self.work else None
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the run at its peak, weights that are there already included."""
+        there = sum(role.there for role in self.roles.values())
+        return there + self.lasting + max((need.total for need in self.work.values()), default=0)
 
 
-def unsaid(network: nn.Module) -> list[str]:
-    """Return which of the numbers that the estimates of work need are not in a network's config."""
-    config: Any = network.config
-    return [name for name in SHAPE if not hasattr(config.get_text_config(), name)]
+def role_memory(
+    weights: Iterable[nn.Parameter],
+    device: torch.device,
+    *,
+    eight_bit: bool = False,
+    in_32_bits: Iterable[nn.Parameter] = (),
+) -> RoleMemory:
+    """Return what weights need on this process under AdamW; a frozen one has neither gradient nor state.
 
-
-def update_bytes(network: nn.Module, *, sequences: int, length: int, logits: int, networks: int = 1) -> int:
-    """Return roughly what the forward and backward of a micro-batch holds; ``logits`` positions of each row have some.
-
-    ``networks`` bodies of equal size are in one backward.
+    With ``eight_bit`` the states have a byte for each number but those of the weights ``in_32_bits``.
     """
-    config: Any = network.config
-    text, bytes_each = config.get_text_config(), next(network.parameters()).element_size()
-    per_token = ACTIVATION_BYTES * bytes_each // 2 * text.hidden_size * text.num_hidden_layers
-    # The logits, and in float32 their scaled copy, its softmax and the gradient.
-    per_logit = bytes_each + 3 * 4
-    return sequences * (networks * length * per_token + logits * text.vocab_size * per_logit)
-
-
-def score_bytes(network: nn.Module, *, sequences: int, length: int, logits: int) -> int:
-    """Return roughly what a forward alone holds: one layer at a time, then the logits with two copies in float32."""
-    config: Any = network.config
-    text, bytes_each = config.get_text_config(), next(network.parameters()).element_size()
-    layer = length * ACTIVATION_BYTES * bytes_each // 2 * text.hidden_size
-    return sequences * max(layer, logits * text.vocab_size * (bytes_each + 2 * 4))
+    in_full = {id(weight) for weight in in_32_bits}
+    held = list(weights)
+    trained = [weight for weight in held if weight.requires_grad]
+    states = [
+        _states_in_8_bits(p, in_32=id(p) in in_full) if eight_bit else ADAMW_STATES * _size_of(p) for p in trained
+    ]
+    return RoleMemory(
+        weights=sum(map(_size_of, held)),
+        gradients=sum(map(_size_of, trained)),
+        optimizer=sum(states),
+        there=sum(_size_of(p) for p in held if p.device == device),
+    )
 
 
 def cache_bytes(network: nn.Module, *, sequences: int, length: int) -> int:
@@ -82,32 +101,36 @@ def cache_bytes(network: nn.Module, *, sequences: int, length: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the memory that can still be had on a device, None where that cannot be asked."""
+    """Return the memory that can still be had on a device, None where that cannot be asked.
+
+    On a CPU no more than the process may take (`ulimit -v`).
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     meminfo = Path("/proc/meminfo")
     if device.type != "cpu" or not meminfo.exists():
         return None
-    line = next(line for line in meminfo.read_text("ascii").splitlines() if line.startswith("MemAvailable:"))
-    return int(line.split()[1]) * 1024
+    available = _kib(meminfo, "MemAvailable:")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return available
+    return min(available, max(0, limit - _kib(Path("/proc/self/status"), "VmSize:")))
 
 
-def check_memory(
-    roles: Mapping[str, RoleMemory], work: Mapping[str, int], *, free: int | None, lacking: Sequence[str] = ()
-) -> Finding:
+def check_memory(estimate: Estimate, *, free: int | None) -> Finding:
     """Compare what is still needed with what is free.
 
-    ``work`` holds what the phases need beside the networks; they follow each other, so the largest counts. Networks
-    that do not fit are an error; work, which is known roughly, is a warning. Without ``work``, since ``lacking`` is not
-    in a network's config, only the networks are compared.
+    The phases follow each other, so the largest counts. Networks that do not fit are an error; work, which shares the
+    memory with what others allocate, is a warning.
     """
     name = "memory"
-    lasting = sum(role.weights - role.there + role.gradients + role.optimizer for role in roles.values())
-    phase, most = max(work.items(), key=lambda item: item[1], default=("", 0))
+    roles, work = estimate.roles, estimate.work
+    lasting = estimate.lasting
+    phase, most = max(((what, need.total) for what, need in work.items()), key=lambda item: item[1], default=("", 0))
     parts = [f"{role} {_size(need.weights + need.gradients + need.optimizer)} ({need})" for role, need in roles.items()]
-    phases = ", ".join(f"{what} about {_size(size)}" for what, size in work.items())
-    working = phases if work else f"work not known, the config has no {', '.join(lacking)}"
+    phases = ", ".join(f"{what} {_size(need.total)} ({_parts(need)})" for what, need in work.items())
+    working = phases if work else f"work not known: {estimate.unknown}"
     measured = f"estimate: {', '.join(parts)}; {working}; still needed {_size(lasting + most)}"
     if free is None:
         return Finding(name, "note", f"{measured}; how much is free is not known on this device")
@@ -120,11 +143,32 @@ def check_memory(
     return Finding(name, "warning", f"{measured}: {phase} may not fit", f"smaller batches of {phase}; {smaller}")
 
 
-def by_role_and_phase(roles: Mapping[str, RoleMemory], work: Mapping[str, int]) -> list[str]:
+def by_role_and_phase(estimate: Estimate) -> list[str]:
     """Return a line for each role, and one for what each phase needs beside them."""
-    return [f"{role}: {need}" for role, need in roles.items()] + [
-        f"{phase}: about {_size(size)} beside them" for phase, size in work.items()
-    ]
+    lines = [f"{role}: {need}" for role, need in estimate.roles.items()]
+    lines += [f"{phase}: {_size(need.total)} beside them ({_parts(need)})" for phase, need in estimate.work.items()]
+    return lines if estimate.work else [*lines, f"work: not known, {estimate.unknown}"]
+
+
+def _kib(table: Path, name: str) -> int:
+    line = next(line for line in table.read_text("utf-8").splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def _size_of(weight: nn.Parameter) -> int:
+    return local_numel(weight) * weight.element_size()
+
+
+def _states_in_8_bits(weight: nn.Parameter, *, in_32: bool) -> int:
+    numbers = local_numel(weight)
+    if in_32 or numbers < SMALLEST_IN_8_BITS:
+        return ADAMW_STATES * 4 * numbers
+    return ADAMW_STATES * (numbers + 4 * math.ceil(numbers / BLOCK_IN_8_BITS))
+
+
+def _parts(need: PhaseMemory) -> str:
+    parts = {"activations": need.activations, "logits": need.logits, "cache": need.cache}
+    return ", ".join(f"{part} {_size(size)}" for part, size in parts.items() if size)
 
 
 def _size(size: int) -> str:

@@ -11,16 +11,8 @@ from torch import Tensor, nn
 
 from rlhf_lightning.preflight.effect import check_effect
 from rlhf_lightning.preflight.findings import Finding, untouched
-from rlhf_lightning.preflight.memory import (
-    RoleMemory,
-    cache_bytes,
-    check_memory,
-    free_bytes,
-    role_memory,
-    score_bytes,
-    unsaid,
-    update_bytes,
-)
+from rlhf_lightning.preflight.memory import check_memory, free_bytes
+from rlhf_lightning.preflight.phases import PPONetworks, Supervised, ppo_memory, supervised_memory
 from rlhf_lightning.preflight.policy import (
     check_decoding,
     check_first_ratio,
@@ -68,15 +60,19 @@ class Run(Protocol):
         """All submodules."""
 
 
-class SFTRun(Run, Protocol):
-    """Fine-tuning."""
+class Stopping(Run, Protocol):
+    """A run whose network ends its responses."""
 
     @property
     def stop_token_ids(self) -> list[int]:
         """The ids that end a response."""
 
 
-class RewardRun(Run, Protocol):
+class SFTRun(Stopping, Supervised, Protocol):
+    """Fine-tuning."""
+
+
+class RewardRun(Run, Supervised, Protocol):
     """Training of a reward model."""
 
     margin_coef: float
@@ -85,38 +81,14 @@ class RewardRun(Run, Protocol):
         """Return the scores (B,) of sequences padded on the right."""
 
 
-class PPORun(SFTRun, Protocol):
+class PPORun(Stopping, PPONetworks, Protocol):
     """PPO: its networks, its settings, and the two steps of it that read the policy."""
-
-    @property
-    def policy(self) -> nn.Module:
-        """The policy."""
-
-    @property
-    def reference(self) -> nn.Module:
-        """The frozen reference."""
-
-    @property
-    def critic(self) -> nn.Module | None:
-        """The critic, None where there is none."""
-
-    @property
-    def ema(self) -> nn.Module | None:
-        """The moving average of the policy, None where none is kept."""
-
-    @property
-    def reward(self) -> Reward | None:
-        """The reward."""
 
     critic_learning_rate: float
     target_kl: float | None
     without_effect: list[str]
     samples_per_prompt: int
-    minibatch_size: int
-    micro_batch_size: int
     ppo_epochs: int
-    max_new_tokens: int
-    temperature: float
 
     def score(self, rollout: Rollout) -> ScoredRollout:
         """Score a rollout."""
@@ -198,64 +170,13 @@ def check_ppo_memory(run: PPORun, batch: PromptBatch) -> Finding:
     """Compare what policy, critic, reference, reward and average need with what is free on the batch's device."""
     device = batch.prompt_tokens.device
     sequences = ppo_sizes(run, len(batch), rollouts=1, processes=1).sequences
-    roles, work = ppo_memory(run, device, sequences=sequences, prompt_length=batch.prompt_tokens.shape[1])
-    return check_memory(roles, work, free=free_bytes(device), lacking=unsaid(run.policy))
+    estimate = ppo_memory(run, device, sequences=sequences, prompt_length=batch.prompt_tokens.shape[1])
+    return check_memory(estimate, free=free_bytes(device))
 
 
-def ppo_memory(
-    run: PPORun, device: torch.device, *, sequences: int, prompt_length: int
-) -> tuple[dict[str, RoleMemory], dict[str, int]]:
-    """Return what each role needs, and what each phase of a rollout of so many sequences needs beside them.
-
-    The phases are left out where the policy's config does not say how large their work is.
-    """
-    networks = {
-        "policy": run.policy,
-        "critic": run.critic,
-        "reference": run.reference,
-        "reward": run.reward,
-        "average": run.ema,
-    }
-    roles: dict[str, RoleMemory] = {}
-    counted: set[nn.Parameter] = set()
-    for role, network in networks.items():
-        if network is not None:
-            # On a backbone that several roles hold, the first of them has its weights.
-            roles[role] = role_memory([p for p in network.parameters() if p not in counted], device)
-            counted.update(network.parameters())
-    if unsaid(run.policy):
-        return roles, {}
-    length = prompt_length + run.max_new_tokens
-    work = {
-        "sampling": cache_bytes(run.policy, sequences=sequences, length=length),
-        "scoring": score_bytes(
-            run.policy, sequences=min(run.micro_batch_size, sequences), length=length, logits=run.max_new_tokens + 1
-        ),
-        "updating": update_bytes(
-            run.policy,
-            sequences=min(run.micro_batch_size, run.minibatch_size),
-            length=length,
-            logits=run.max_new_tokens + 1,
-            networks=1 if run.critic is None else 2,
-        ),
-    }
-    return roles, work
-
-
-def check_supervised_memory(run: Run, batch: SFTBatch | ComparisonBatch) -> Finding:
+def check_supervised_memory(run: Supervised, batch: SFTBatch | ComparisonBatch) -> Finding:
     """Compare what the network needs with what is free on the batch's device."""
-    roles, work = supervised_memory(run, batch)
-    return check_memory(roles, work, free=free_bytes(batch.tokens.device), lacking=unsaid(run.network))
-
-
-def supervised_memory(run: Run, batch: SFTBatch | ComparisonBatch) -> tuple[dict[str, RoleMemory], dict[str, int]]:
-    """Return what the network needs, and what the work on a batch needs beside it, where the config says how large."""
-    device, length = batch.tokens.device, batch.tokens.shape[1]
-    roles = {"network": role_memory(run.network.parameters(), device)}
-    if unsaid(run.network):
-        return roles, {}
-    logits = length if isinstance(batch, SFTBatch) else 0
-    return roles, {"updating": update_bytes(run.network, sequences=len(batch), length=length, logits=logits)}
+    return check_memory(supervised_memory(run, batch), free=free_bytes(batch.tokens.device))
 
 
 def _idle_target_kl(run: PPORun, prompts: int) -> list[str]:

@@ -89,7 +89,7 @@ def sample_tokens(
     """
     uniform = noise(len(prompt_tokens), max_new_tokens, generator)
     plain = has_plain_cache(policy) and not waits_for_others(policy)
-    with nullcontext() if is_sharded(policy) else stand_ins(policy):
+    with nullcontext() if is_sharded(policy) else stand_ins(policy, keep=prompt_tokens.device.type == "cuda"):
         tokens, logprobs = (sample_in_slots if plain else sample_stepwise)(
             policy, prompt_tokens, prompt_mask, uniform, temperature=temperature, stop_tokens=stop_tokens
         )

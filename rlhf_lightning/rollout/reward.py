@@ -141,7 +141,7 @@ class ModelReward(Reward):
         by_length = mask.sum(dim=1).argsort()
         scores = torch.empty(len(tokens), dtype=torch.float32, device=tokens.device)
         for rows in by_length.split(self.micro_batch_size):
-            scores[rows] = self._logits(tokens[rows], mask[rows])
+            scores[rows] = self.logits(tokens[rows], mask[rows])
         if not scores.isfinite().all():
             raise InputError("the reward model's scores are not finite: its weights hold NaN, or overflowed")
         return scores
@@ -161,7 +161,8 @@ class ModelReward(Reward):
             return int(batch.prompt_mask.sum(dim=1).max())
         return max(len(self._prompt_ids(*prompt)) for prompt in zip(batch.prompts, batch.texts, strict=True))
 
-    def _logits(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
+    def logits(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
+        """Return the classifier's logit at the last real token of rows of its own tokens, padded on the right."""
         network: Any = self.reward_model
         last = set(tokens[torch.arange(len(tokens)), mask.sum(dim=1) - 1].tolist())
         # The network takes the last id that is not this one: it must not be what a sequence really ends with.

@@ -64,15 +64,18 @@ def score_rollout(
     values = torch.zeros(sequences, longest + 1, dtype=dtype, device=device)
     for rows, tokens, attention_mask, response_mask in micro_batches(rollout, micro_batch_size=micro_batch_size):
         length = response_mask.shape[1]
-        responses = tokens[:, -length:]
-        for network, store in ((policy, logprobs), (reference, ref_logprobs)):
-            logits = response_logits(network, tokens, attention_mask, length=length)
-            found = gather_logprobs(logits, responses, temperature=temperature)
-            store[rows, :length] = found.masked_fill(~response_mask, 0.0)
+        found = score_rows(
+            tokens,
+            attention_mask,
+            response_mask,
+            policy=policy,
+            reference=reference,
+            critic=critic,
+            temperature=temperature,
+        )
+        logprobs[rows, :length], ref_logprobs[rows, :length] = found[:2]
         if critic is not None:
-            found = response_values(critic, tokens, attention_mask, length=length)
-            states = value_mask(response_mask, after_end=True)
-            values[rows, : length + 1] = found.masked_fill(~states, 0.0)
+            values[rows, : length + 1] = found[2]
     scores = reward.scores(rollout)
     return ScoredRollout(
         **{each.name: getattr(rollout, each.name) for each in fields(Rollout)},
@@ -82,3 +85,30 @@ def score_rollout(
         scores=scores.total,
         score_parts=scores.parts,
     )
+
+
+def score_rows(
+    tokens: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
+    response_mask: Bool[Tensor, "B R"],
+    *,
+    policy: nn.Module,
+    reference: nn.Module,
+    critic: nn.Module | None,
+    temperature: float,
+) -> list[Tensor]:
+    """Return log-probabilities of policy and reference (B, R), and the critic's values (B, R + 1) where there is one.
+
+    They are 0 where nothing counts. One network's logits are held at a time.
+    """
+    length = response_mask.shape[1]
+    responses = tokens[:, -length:]
+    found: list[Tensor] = []
+    for network in (policy, reference):
+        logits = response_logits(network, tokens, attention_mask, length=length)
+        found.append(gather_logprobs(logits, responses, temperature=temperature).masked_fill(~response_mask, 0.0))
+        del logits
+    if critic is not None:
+        states = value_mask(response_mask, after_end=True)
+        found.append(response_values(critic, tokens, attention_mask, length=length).masked_fill(~states, 0.0))
+    return found

@@ -165,6 +165,11 @@ class Slots:
         self.logprobs = torch.zeros(count, longest, dtype=kind, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(layer.all_keys.nbytes + layer.all_values.nbytes for layer in self.layers)
+
     def fit(
         self, like: Any, *, count: int, capacity: int, longest: int, temperature: float, stop_tokens: Tensor
     ) -> bool:

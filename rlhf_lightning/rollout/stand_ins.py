@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from rlhf_lightning.networks.lora import ADAPTER, adapted_layers
 
 _kept: "WeakKeyDictionary[nn.Module, nn.Linear]" = WeakKeyDictionary()
-"""Stand-ins stay, so that recorded steps find them where they were."""
 
 
 @contextmanager
-def stand_ins(policy: nn.Module) -> Iterator[None]:
+def stand_ins(policy: nn.Module, *, keep: bool = False) -> Iterator[None]:
     """Let plain layers stand in for those that would work more in each of many steps than once before them.
 
     A linear layer with an adapter is read as W + (alpha / r) B A; one in float32 under autocast, whose weight each
     forward would cast, as its cast. Afterwards the layers are back as they were: nothing of them was changed. Quantised
     layers stay, and so do adapters of 16-bit weights, in whose steps the small changes of an adapter would be lost.
+    With ``keep`` their memory is kept for the next block, so that recorded steps find the weights where they were.
     """
     replaced = [
         (parent, name, layer, weight)
@@ -28,7 +28,7 @@ def stand_ins(policy: nn.Module) -> Iterator[None]:
         if (weight := _weight(layer)) is not None
     ]
     for parent, name, layer, weight in replaced:
-        parent._modules[name] = _stand_in(layer, weight)
+        parent._modules[name] = _stand_in(layer, weight, keep=keep)
     try:
         yield
     finally:
@@ -61,16 +61,17 @@ def _weight(layer: Any) -> Tensor | None:
     return None if cast == base.weight.dtype else base.weight.to(cast)
 
 
-def _stand_in(layer: Any, weight: Tensor) -> nn.Linear:
+def _stand_in(layer: Any, weight: Tensor, *, keep: bool) -> nn.Linear:
     """Return the plain layer that stood in before, with the weight as it is now, or a new one."""
     kept = _kept.get(layer)
     if kept is None or kept.weight.dtype != weight.dtype or kept.weight.device != weight.device:
         bias = getattr(layer, "base_layer", layer).bias
         kept = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        kept.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        kept.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             kept.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), requires_grad=False)
-        _kept[layer] = kept
+        if keep:
+            _kept[layer] = kept
     else:
         kept.weight.copy_(weight)
         if kept.bias is not None:

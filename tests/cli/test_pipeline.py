@@ -5,8 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rlhf_lightning.cli.application import run_verb
+from rlhf_lightning.modules import PPOModule
+from rlhf_lightning.networks.lora import adapter_weights
+from rlhf_lightning.networks.roles import have_one_backbone
 
 TINY = [
     "world.texts=40",
@@ -54,6 +58,31 @@ def test_the_report_holds_the_figures_of_every_stage(finished: Path) -> None:
     assert set(found["seconds"]) >= {"pretrain", "sft", "reward", "ppo", "evaluate", "total"}
     assert found["peak_memory_gb"] > 0
     assert (finished / "report.html").stat().st_size > 1000
+
+
+@pytest.mark.proof
+def test_with_shared_roles_the_stages_hand_over_adapters_on_one_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[PPOModule] = []
+    monkeypatch.setattr(PPOModule, "on_fit_start", lambda self: runs.append(self))
+    command = [*TINY, f"output_dir={tmp_path}", "network=lora", "network.roles=shared", "network.lora.r=2"]
+    assert run_verb("pipeline", command) == 0
+    (run,) = runs
+    reward_model = run._reward.models()[""].reward_model
+    assert run.critic is not None
+    for network in (run.reference, reward_model, run.critic.backbone):
+        assert have_one_backbone(network, run.policy)
+    assert [(tmp_path / stage / "adapter_config.json").exists() for stage in ("sft", "reward", "ppo")] == [
+        True,
+        True,
+        False,
+    ]
+    handed_over = load_file(tmp_path / "reward" / "adapter_model.safetensors")
+    of_reward_model = adapter_weights(reward_model)
+    assert len(of_reward_model) == len([name for name in handed_over if ".lora_" in name])
+    assert any(weight.any() for name, weight in of_reward_model.items() if ".lora_B." in name)
+    assert report(tmp_path)["reward"]["pairs"] > 0
 
 
 def test_a_second_run_skips_every_stage_and_reports_the_same(

@@ -146,6 +146,13 @@ def test_two_processes_are_planned_for_and_one_looks(tiny_model: Path, capsys: p
     assert "4 sequences a rollout, 1 minibatch(es) x 4 passes = 4 optimizer steps; 2 rollouts" in printed
 
 
+def test_a_micro_batch_that_is_to_be_found_is_estimated(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ppo = ["module=ppo", "module.reward=rewards.py:letters", *SMALL, "module.micro_batch_size=auto"]
+    code, statuses, printed = look(*ppo, model=tiny_model, capsys=capsys)
+    assert (code, statuses["memory"], statuses["batch sizes"]) == (0, "ok", "ok")
+    assert "minibatch_size / module.micro_batch_size=4, rounded up" in printed
+
+
 def test_a_batch_to_look_at_has_the_shortest_and_the_longest_item() -> None:
     items = ["aaaa", "a", "aaa", "aa", "aaaaa"]
     assert [len(item) for item in short_and_long(items, 3)] == [1, 3, 5]

@@ -2,12 +2,14 @@
 
 import hashlib
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.errors import InputError
@@ -15,7 +17,7 @@ from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.networks import LoRA, NetworkConfig, load_policy, load_reward_model, load_tokenizer, save_pretrained
 from rlhf_lightning.networks.lora import adapter_weights, has_adapter
 from rlhf_lightning.networks.quantizing import dequantized, is_quantized_layer
-from rlhf_lightning.preflight.stages import ppo_memory
+from rlhf_lightning.preflight.phases import ppo_memory
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, SFTBatch
 
 pytestmark = [
@@ -99,7 +101,7 @@ def test_all_four_roles_stand_on_one_backbone_and_take_over_their_adapters(hand_
 
 def test_the_estimate_of_memory_counts_a_shared_backbone_once(hand_off: tuple[Path, Path, str]) -> None:
     module = shared(*hand_off)
-    roles, _ = ppo_memory(module, torch.device("cpu"), sequences=6, prompt_length=5)
+    roles = ppo_memory(module, torch.device("cpu"), sequences=6, prompt_length=5).roles
     # Each object once, in whichever role it is.
     assert sum(role.weights for role in roles.values()) == sum(p.nbytes for p in module.parameters())
     assert roles["policy"].weights > 5 * roles["reference"].weights
@@ -191,6 +193,75 @@ def test_shared_and_separate_roles_learn_alike(
         assert one.keys() == other.keys()
         for name in one:
             assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+
+
+class InOneBackward(PPOModule):
+    """PPO whose policy and critic are read together, and differentiated in one backward."""
+
+    @property
+    def passes(self) -> list[Any]:
+        return [self.losses]
+
+
+@pytest.mark.parametrize("settings", [{"lora": None}, {}, {"roles": "shared"}], ids=["separate", "adapters", "shared"])
+def test_a_backward_for_each_network_gives_the_weights_of_one_for_both_bit_for_bit(
+    settings: dict[str, Any], wide_model: Path, prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    results = []
+    for module_class in (PPOModule, InOneBackward):
+        module = module_class(
+            network_on(wide_model, **settings),
+            reward=lambda prompts, responses: [float(len(r)) for r in responses],
+            minibatch_size=6,
+            micro_batch_size=4,
+            max_new_tokens=6,
+            learning_rate=1e-3,
+            critic_learning_rate=1e-3,
+            entropy_coef=0.01,
+            kl_penalty="loss_k2",
+        )
+        logged = fit(module, [prompts], max_epochs=2).steps
+        results.append((module.state_dict(), logged, len(module.passes)))
+    (apart, apart_logged, two), (together, together_logged, one) = results
+    assert (two, one) == (2, 1)
+    assert apart_logged == together_logged
+    assert all(torch.equal(value, together[name]) for name, value in apart.items())
+
+
+@pytest.mark.parametrize(("looks_for_unused", "passes"), [(False, 2), (True, 1)])
+def test_two_processes_have_one_gradient_whether_or_not_ddp_looks_for_unused_weights(
+    looks_for_unused: bool,
+    passes: int,
+    wide_model: Path,
+    prompts: PromptBatch,
+    tmp_path: Path,
+    trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+) -> None:
+    class Halves(PPOModule):
+        def train_dataloader(self) -> Any:
+            return make_loader([prompts.rows(torch.arange(6)[self.global_rank :: 2])] * 2)
+
+        def on_train_end(self) -> None:
+            found = (self.state_dict(), len(self.passes), self.updates)
+            torch.save(found, tmp_path / f"{self.global_rank}.pt")
+
+    module = Halves(
+        network_on(wide_model, roles="shared"),
+        reward=lambda prompts, responses: [float(len(r)) for r in responses],
+        minibatch_size=3,
+        micro_batch_size=2,
+        max_new_tokens=6,
+        learning_rate=1e-3,
+        critic_learning_rate=1e-3,
+    )
+    started = {name: value.clone() for name, value in module.state_dict().items()}
+    strategy = DDPStrategy(start_method="fork", timeout=timedelta(seconds=30), find_unused_parameters=looks_for_unused)
+    trainer(max_epochs=1, strategy=strategy, devices=2).fit(module)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first[1:] == second[1:] == (passes, 8)
+    assert all(torch.equal(value, second[0][name]) for name, value in first[0].items())
+    assert not [name for name, value in first[0].items() if torch.equal(value, started[name])]
 
 
 def test_separate_roles_with_an_adapter_train_adapters_alone(hand_off: tuple[Path, Path, str]) -> None:

@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.preflight.memory import RoleMemory
-from rlhf_lightning.preflight.out_of_memory import Estimate, is_out_of_memory, naming_phase
+from rlhf_lightning.preflight.allocations import PhaseMemory
+from rlhf_lightning.preflight.memory import Estimate, RoleMemory
+from rlhf_lightning.preflight.out_of_memory import is_out_of_memory, naming_phase
 
 GIB = 2**30
 
 
 def estimate() -> Estimate:
-    return {"policy": RoleMemory(weights=GIB, gradients=2 * GIB, optimizer=3 * GIB, there=0)}, {"scoring": GIB // 2}
+    roles = {"policy": RoleMemory(weights=GIB, gradients=2 * GIB, optimizer=3 * GIB, there=0)}
+    return Estimate(roles, {"scoring": PhaseMemory(logits=GIB // 2)})
 
 
 def test_phase_estimate_and_settings_are_named() -> None:
@@ -20,7 +22,7 @@ def test_phase_estimate_and_settings_are_named() -> None:
     said = str(refused.value)
     assert said.startswith("out of memory while scoring: ")
     assert "policy: weights 1.00 GiB, gradients 2.00 GiB, optimizer 3.00 GiB\n" in said
-    assert "scoring: about 0.50 GiB beside them\n" in said
+    assert "scoring: 0.50 GiB beside them (logits 0.50 GiB)\n" in said
     assert "what helps: less of everything, a smaller network" in said
 
 

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -206,17 +205,6 @@ def test_the_average_counts_among_what_memory_must_hold(make: Make, prompts: Pro
     policy = make().policy
     size = sum(p.nbytes for p in policy.parameters()) / 2**20
     assert f"average {size:.2f} MiB" in with_average
-
-
-def test_of_a_network_whose_config_does_not_say_its_heads_the_work_is_not_known(
-    make: Make, prompts: PromptBatch
-) -> None:
-    module = make()
-    config: Any = SimpleNamespace(hidden_size=16, max_position_embeddings=64)
-    module.policy.config = SimpleNamespace(get_text_config=lambda: config)
-    finding = check_ppo_memory(module, prompts)
-    assert finding.status == "note"
-    assert "the config has no num_hidden_layers, num_attention_heads, vocab_size" in finding.measured
 
 
 def test_samples_per_prompt_count(make: Make) -> None:

@@ -44,14 +44,14 @@ def test_an_adapter_is_merged_in_the_block_and_taken_apart_behind_it(adapted: An
     assert torch.equal(logits(adapted), expected)
 
 
-def test_a_stand_in_follows_the_adapter_and_stays_where_it_is(adapted: Any) -> None:
-    with stand_ins(adapted):
+def test_a_stand_in_that_is_kept_follows_the_adapter_and_stays_where_it_is(adapted: Any) -> None:
+    with stand_ins(adapted, keep=True):
         first, places = logits(adapted), [p.data_ptr() for p in adapted.parameters()]
     with torch.no_grad():
         for weight in adapter_weights(adapted).values():
             weight.mul_(2)
     expected = logits(adapted)
-    with stand_ins(adapted):
+    with stand_ins(adapted, keep=True):
         assert [p.data_ptr() for p in adapted.parameters()] == places
         torch.testing.assert_close(logits(adapted), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(first, expected, atol=1e-2)

@@ -1,0 +1,327 @@
+"""What the phases of a run hold beside weights, gradients and optimizer, each done once without numbers."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.functional.masking import position_ids
+from rlhf_lightning.networks.embeddings import embeddings_and_heads
+from rlhf_lightning.networks.sharding import is_sharded
+from rlhf_lightning.preflight.allocations import PhaseMemory, allocated
+from rlhf_lightning.preflight.memory import ADAMW_STATES, Estimate, RoleMemory, role_memory
+from rlhf_lightning.rollout.draw import draw
+from rlhf_lightning.rollout.in_slots import MOST_SLOTS, READ_AT_ONCE
+from rlhf_lightning.rollout.reward import ModelReward, Reward
+from rlhf_lightning.rollout.score import score_rows
+from rlhf_lightning.rollout.slots import Slots, has_plain_cache
+from rlhf_lightning.rollout.stand_ins import stand_ins
+from rlhf_lightning.types import ComparisonBatch, Experience, SFTBatch
+
+Losses = Callable[[Experience], dict[str, Tensor]]
+
+
+class PPONetworks(Protocol):
+    """PPO, as far as its memory goes."""
+
+    @property
+    def policy(self) -> nn.Module:
+        """The policy."""
+
+    @property
+    def reference(self) -> nn.Module:
+        """The frozen reference."""
+
+    @property
+    def critic(self) -> nn.Module | None:
+        """The critic, None where there is none."""
+
+    @property
+    def ema(self) -> nn.Module | None:
+        """The moving average of the policy, None where none is kept."""
+
+    @property
+    def reward(self) -> Reward | None:
+        """The reward."""
+
+    @property
+    def passes(self) -> Sequence[Losses]:
+        """What an update makes of a micro-batch, each of them followed by a backward."""
+
+    @property
+    def optimizer(self) -> str:
+        """AdamW as it is, or with moments in 8 bits."""
+
+    minibatch_size: int
+    micro_batch_size: int
+    max_new_tokens: int
+    temperature: float
+    ptx_coef: float
+
+
+class Supervised(Protocol):
+    """Fine-tuning or the training of a reward model, as far as its memory goes."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that is trained."""
+
+    def differentiated(self, batch: Any) -> Tensor:
+        """Return what a backward of a batch starts from."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All submodules."""
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step has the gradients of several batches."""
+
+    @property
+    def optimizer(self) -> str:
+        """AdamW as it is, or with moments in 8 bits."""
+
+
+def ppo_memory(run: PPONetworks, device: torch.device, *, sequences: int, prompt_length: int) -> Estimate:
+    """Return what each role needs, and what each phase of a rollout of so many sequences needs beside them."""
+    networks = {
+        "policy": run.policy,
+        "critic": run.critic,
+        "reference": run.reference,
+        "reward": run.reward,
+        "average": run.ema,
+    }
+    held = {role: network for role, network in networks.items() if network is not None}
+    roles = roles_memory(held, device, optimizer=run.optimizer)
+    new = run.max_new_tokens
+    length = prompt_length + new
+    rows = min(run.micro_batch_size, run.minibatch_size)
+
+    def work() -> dict[str, PhaseMemory]:
+        models = [] if run.reward is None else list(run.reward.models().values())
+        return {
+            "sampling": sampling_memory(
+                run.policy,
+                device,
+                sequences=sequences,
+                prompt=prompt_length,
+                new=new,
+                temperature=run.temperature,
+            ),
+            "scoring": scoring_memory(
+                run, models, device, rows=min(run.micro_batch_size, sequences), length=length, new=new
+            ),
+            "updating": updating_memory(
+                run,
+                device,
+                rows=rows,
+                length=length,
+                new=new,
+                accumulates=rows < run.minibatch_size or run.ptx_coef > 0,
+            ),
+            **stepping(roles, device, optimizer=run.optimizer),
+        }
+
+    return _estimate(roles, held.values(), work)
+
+
+def supervised_memory(run: Supervised, batch: SFTBatch | ComparisonBatch) -> Estimate:
+    """Return what the network needs, and what the work on a batch needs beside it."""
+    device = batch.tokens.device
+    roles = roles_memory({"network": run.network}, device, optimizer=run.optimizer)
+    vocabulary = vocabulary_of(run.network)
+
+    def work() -> dict[str, PhaseMemory]:
+        update_once = partial(_update_once, run, batch)
+        # The gradients of the step before are there until the forward is done.
+        update = allocated(update_once, run.modules(), device, vocabulary=vocabulary, gradients=True)
+        return {"updating": update, **stepping(roles, device, optimizer=run.optimizer)}
+
+    return _estimate(roles, [run.network], work)
+
+
+def _update_once(run: Supervised, batch: Any) -> None:
+    loss = run.differentiated(batch)
+    if not run.accumulates:
+        run.network.zero_grad()
+    loss.backward()
+
+
+def roles_memory(networks: Mapping[str, nn.Module], device: torch.device, *, optimizer: str) -> dict[str, RoleMemory]:
+    """Return what each network needs; on a backbone that several hold, the first of them has its weights."""
+    roles: dict[str, RoleMemory] = {}
+    counted: set[nn.Parameter] = set()
+    for role, network in networks.items():
+        roles[role] = role_memory(
+            [p for p in network.parameters() if p not in counted],
+            device,
+            eight_bit=optimizer != "adamw",
+            in_32_bits=embeddings_and_heads(network),
+        )
+        counted.update(network.parameters())
+    return roles
+
+
+def stepping(roles: Mapping[str, RoleMemory], device: torch.device, *, optimizer: str) -> dict[str, PhaseMemory]:
+    """Return what a step holds: on CUDA torch's AdamW works on all weights at once, with a denominator for each."""
+    if device.type != "cuda" or optimizer != "adamw":
+        return {}
+    return {"stepping": PhaseMemory(sum(role.optimizer for role in roles.values()) // ADAMW_STATES)}
+
+
+def _estimate(
+    roles: Mapping[str, RoleMemory], networks: Iterable[nn.Module], work: Callable[[], dict[str, PhaseMemory]]
+) -> Estimate:
+    if any(is_sharded(network) for network in networks):
+        return Estimate(roles, {}, unknown="the weights lie in parts on several processes")
+    try:
+        return Estimate(roles, work())
+    except RuntimeError as error:
+        # What an architecture decides by what it has computed cannot be decided without numbers.
+        reason = str(error).strip().splitlines()[:1]
+        return Estimate(roles, {}, unknown=f"the network cannot be read without numbers ({', '.join(reason)})")
+
+
+def vocabulary_of(network: nn.Module) -> int:
+    """Return how many tokens a language model knows."""
+    config: Any = network.config
+    return int(config.get_text_config().vocab_size)
+
+
+def sampling_memory(
+    policy: nn.Module, device: torch.device, *, sequences: int, prompt: int, new: int, temperature: float
+) -> PhaseMemory:
+    """Return what it takes to read so many prompts, to make room for the new tokens, and to sample the last of them."""
+    network: Any = policy
+    count = min(sequences, MOST_SLOTS)
+    rows = torch.arange(min(count, max(1, READ_AT_ONCE // prompt)), device=device)
+    mask = _padded(len(rows), prompt, device)
+    tokens = torch.zeros(len(rows), prompt, dtype=torch.long, device=device)
+    cache_size = 0
+
+    def read(tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
+        output = network(
+            input_ids=tokens,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        # As much as the network's forward holds, so that it is gone when the next one begins.
+        return output.past_key_values, output.logits[:, -1]
+
+    @torch.no_grad()
+    def work() -> None:
+        nonlocal cache_size
+        with stand_ins(policy):
+            cache, logits = read(tokens, mask, position_ids(mask), None)
+            if not has_plain_cache(policy):
+                noise = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
+                draw(logits, noise, temperature=temperature)
+                read(tokens[:, :1], torch.cat([mask, mask[:, :1]], dim=1), mask.sum(dim=1, keepdim=True), cache)
+                return
+            slots = Slots(
+                cache,
+                count=count,
+                capacity=prompt + new,
+                longest=new,
+                temperature=temperature,
+                stop_tokens=torch.zeros(0, dtype=torch.long, device=device),
+            )
+            cache_size = slots.cache_bytes
+            order, lengths = torch.argsort(~mask, dim=1, stable=True), mask.sum(dim=1)
+            noise = torch.zeros(len(rows), new, 2, dtype=torch.float64, device=device)
+            slots.let_in(rows, logits, cache, rows, order=order, lengths=lengths, uniform=noise)
+            del cache, logits
+            if new > 1:
+                slots.step(policy, count, prompt + new)
+
+    found = allocated(work, [policy], device, vocabulary=vocabulary_of(policy))
+    return replace(found, activations=max(0, found.activations - cache_size), cache=cache_size)
+
+
+def scoring_memory(
+    run: PPONetworks, rewards: Sequence[ModelReward], device: torch.device, *, rows: int, length: int, new: int
+) -> PhaseMemory:
+    """Return what it takes to read so many rows of prompt and response by policy, reference and critic, or a reward."""
+    vocabulary = vocabulary_of(run.policy)
+    tokens, mask = torch.zeros(rows, length, dtype=torch.long, device=device), _padded(rows, length, device)
+
+    @torch.no_grad()
+    def score() -> None:
+        score_rows(
+            tokens,
+            mask,
+            mask[:, -new:],
+            policy=run.policy,
+            reference=run.reference,
+            critic=run.critic,
+            temperature=run.temperature,
+        )
+
+    networks = [run.policy, run.reference, *([] if run.critic is None else [run.critic])]
+    found = [allocated(score, networks, device, vocabulary=vocabulary)]
+    for reward in rewards:
+        size = (min(rows, reward.micro_batch_size), length)
+        ids = torch.zeros(size, dtype=torch.long, device=device)
+
+        @torch.no_grad()
+        def judge(reward: ModelReward = reward, ids: Tensor = ids) -> None:
+            reward.logits(ids, torch.ones_like(ids, dtype=torch.bool))
+
+        found.append(allocated(judge, [reward.reward_model], device))
+    return max(found, key=lambda phase: phase.total)
+
+
+def updating_memory(
+    run: PPONetworks, device: torch.device, *, rows: int, length: int, new: int, accumulates: bool
+) -> PhaseMemory:
+    """Return what forward and backward of a micro-batch of so many rows hold.
+
+    Where it ``accumulates``, the gradients of the micro-batches before are there from the beginning.
+    """
+    experience = blank_experience(device, rows=rows, length=length, new=new)
+    networks = [run.policy, *([] if run.critic is None else [run.critic])]
+    return allocated(
+        lambda: forward_and_backward(run.passes, experience),
+        networks,
+        device,
+        vocabulary=vocabulary_of(run.policy),
+        gradients=accumulates,
+    )
+
+
+def forward_and_backward(passes: Sequence[Losses], experience: Experience) -> None:
+    """Read a micro-batch and add the gradient of all that is to be minimised to the weights', one pass at a time."""
+    for losses in passes:
+        quantities = losses(experience)
+        terms = [x.sum() for x in quantities.values() if x.requires_grad]
+        sum(terms[1:], start=terms[0]).backward()
+
+
+def blank_experience(device: torch.device, *, rows: int, length: int, new: int) -> Experience:
+    """Return rows of the longest size of which nothing is learned."""
+    mask = _padded(rows, length, device)
+    tokens, states = torch.zeros(rows, new, device=device), torch.zeros(rows, new + 1, device=device)
+    return Experience(
+        tokens=torch.zeros(rows, length, dtype=torch.long, device=device),
+        attention_mask=mask,
+        response_mask=mask[:, -new:],
+        value_mask=torch.ones_like(states, dtype=torch.bool),
+        old_logprobs=tokens,
+        ref_logprobs=tokens,
+        old_values=states,
+        rewards=states,
+        advantages=tokens,
+        returns=states,
+    )
+
+
+def _padded(rows: int, length: int, device: torch.device) -> Tensor:
+    """Return a mask as most rollouts have it: the first row is shorter, so that attention needs a mask of its own."""
+    mask = torch.ones(rows, length, dtype=torch.bool, device=device)
+    mask[0, 0] = rows == 1
+    return mask
