@@ -160,8 +160,8 @@ MUTANTS = (
     Mutant(
         "what follows the end token stays in the ids",
         ROLLOUT + "generate.py",
-        "response_tokens = response_tokens.masked_fill(~response_mask, _pad_token_id(tokenizer))",
-        "response_tokens = response_tokens.clone()",
+        "response_tokens = sampled.tokens.masked_fill(~response_mask, _pad_token_id(tokenizer))",
+        "response_tokens = sampled.tokens.clone()",
         ("tests/rollout/test_generate.py",),
         11,
     ),
@@ -223,10 +223,10 @@ MUTANTS = (
     ),
     Mutant(
         "temperature left out of the draw",
-        ROLLOUT + "generate.py",
-        "probabilities = torch.softmax(logits.float() / temperature, dim=-1)",
-        "probabilities = torch.softmax(logits.float(), dim=-1)",
-        ("tests/rollout/test_generate.py",),
+        ROLLOUT + "draw.py",
+        "logprobs = torch.log_softmax(at_least_float32(logits) / temperature, dim=-1)",
+        "logprobs = torch.log_softmax(at_least_float32(logits), dim=-1)",
+        ("tests/rollout/test_draw.py", "tests/rollout/test_generate.py"),
         14,
     ),
     Mutant(

@@ -76,8 +76,8 @@ class SlotLayer(CacheLayerMixin):
         """Do nothing: there is room from the start."""
 
     def get_seq_length(self) -> int:
-        """Return 0: each slot has a length of its own."""
-        return 0
+        """Return how many tokens any slot may have before this one: each has a length of its own."""
+        return self.places.span - 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many columns a mask has, and where it starts."""

@@ -208,6 +208,7 @@ PPO: dict[str, Any] = {
     "minibatch_size": 3,
     "micro_batch_size": 2,
     "ppo_epochs": 1,
+    "seed": 1,
     "learning_rate": 1e-3,
     "warmup_steps": 100,
     "adaptive_kl_target": 1e-3,

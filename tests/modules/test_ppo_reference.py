@@ -27,6 +27,7 @@ FIXED: dict[str, Any] = {
     "missing_eos_penalty": PENALTY,
     "samples_per_prompt": GROUP,
     "ppo_epochs": 1,
+    "seed": 1,
 }
 ESTIMATORS: list[dict[str, str]] = [
     {"advantage": "gae", "score_placement": "after_end"},

@@ -151,9 +151,9 @@ def joined(rollouts: list[Rollout]) -> Rollout:
         more = width - rollout.response_mask.shape[1]
         for name, found in tensors.items():
             x = getattr(rollout, name)
-            found.append(pad(x, (0, more)) if name in ("tokens", "attention_mask", "response_mask") else x)
+            found.append(pad(x, (0, more)) if name not in ("prompt_tokens", "prompt_mask", "ended") else x)
     texts = {name: [x for r in rollouts for x in getattr(r, name)] for name in ("prompts", "texts", "responses")}
-    return Rollout(columns={}, **texts, **{name: torch.cat(found) for name, found in tensors.items()})
+    return type(rollouts[0])(columns={}, **texts, **{name: torch.cat(found) for name, found in tensors.items()})
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from functools import partial
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -107,7 +108,7 @@ def scored_at(module: PPOModule, rollout: Rollout, policy: float, reference: flo
         "scores": torch.arange(len(rollout)).float(),
     }
     return ScoredRollout(
-        **vars(rollout),
+        **{each.name: getattr(rollout, each.name) for each in fields(Rollout)},
         logprobs=logprobs_of(module.policy, rollout, policy),
         ref_logprobs=logprobs_of(module.reference, rollout, reference),
         **scores,
