@@ -216,8 +216,8 @@ MUTANTS = (
     Mutant(
         "temperature left out of the updates",
         PPO,
-        "logprobs = gather_logprobs(logits, tokens[:, -length:], temperature=self.temperature)",
-        "logprobs = gather_logprobs(logits, tokens[:, -length:])",
+        "            temperature=self.temperature, entropy_gradient=",
+        "            entropy_gradient=",
         (PPO_TESTS + "test_on_its_own_fresh_rollout_the_ratio_is_1",),
         14,
     ),

@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from rlhf_lightning.functional.kl import k1
-from rlhf_lightning.functional.logprobs import gather_logprobs
 from rlhf_lightning.functional.masking import masked_sum
 from rlhf_lightning.modules import SFTModule
 from rlhf_lightning.networks import stop_token_ids
 from rlhf_lightning.rollout.experience import micro_batches
 from rlhf_lightning.rollout.generate import generate
 from rlhf_lightning.rollout.reward import Reward
-from rlhf_lightning.rollout.score import response_logits
+from rlhf_lightning.rollout.score import response_predictions, spread
 from rlhf_lightning.types import PromptBatch, Rollout, SFTBatch
 
 if TYPE_CHECKING:
@@ -107,12 +106,10 @@ def sequence_kl(policy: nn.Module, reference: nn.Module, rollout: Rollout, *, te
     """Return log p(y|x) - log p_ref(y|x) of each response, both at the sampling temperature, in nats."""
     kl: Any = torch.zeros(len(rollout), device=rollout.tokens.device)
     for rows, tokens, attention_mask, response_mask in micro_batches(rollout, micro_batch_size=32):
-        length = response_mask.shape[1]
         logprobs, ref_logprobs = (
-            gather_logprobs(
-                response_logits(network, tokens, attention_mask, length=length),
-                tokens[:, -length:],
-                temperature=temperature,
+            spread(
+                response_predictions(network, tokens, attention_mask, response_mask).logprobs(temperature=temperature),
+                response_mask,
             )
             for network in (policy, reference)
         )

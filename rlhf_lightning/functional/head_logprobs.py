@@ -14,11 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_lightning.functional.precision import at_least_float32
 
-CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**27}
 """Size of the logits that are worked on at a time: on a CPU they stay in its cache."""
 FEWEST_POSITIONS = 64
 """Below these a matrix product is slow."""
-KEPT_BYTES = 2**26
+KEPT_BYTES = 2**27
 """Size of all softmaxes that are kept from forward to backward."""
 
 

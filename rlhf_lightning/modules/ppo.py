@@ -14,13 +14,11 @@ from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.dtensors import whole
 from rlhf_lightning.functional.kl import adapted_beta, k1, k1_weighted, k2
-from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
 from rlhf_lightning.functional.losses import (
     clipped_policy_loss,
     clipped_value_loss,
@@ -35,7 +33,7 @@ from rlhf_lightning.modules.language import (
     LanguageModule,
     adamw,
     embeddings_and_heads,
-    predictions,
+    sft_predictions,
     trained_weights,
     without_dropout_on_purpose,
 )
@@ -62,7 +60,7 @@ from rlhf_lightning.rollout.experience import (
 from rlhf_lightning.rollout.generate import generate
 from rlhf_lightning.rollout.metrics import critic_metrics, rollout_metrics
 from rlhf_lightning.rollout.reward import Reward, RewardSetting, load_reward
-from rlhf_lightning.rollout.score import response_logits, response_values, score_rollout
+from rlhf_lightning.rollout.score import response_predictions, response_values, score_rollout, spread
 from rlhf_lightning.rollout.shaping import MissingEOS, Normalization, RunningMoments, Shaping
 from rlhf_lightning.types import Experience, PromptBatch, Rollout, ScoredRollout
 
@@ -409,14 +407,16 @@ class PPOModule(LanguageModule):
         """Return the policy's quantities of each sampled token (B, R), and the critic's of each state (B, R + 1)."""
         tokens, attention_mask = experience.tokens, experience.attention_mask
         length = experience.response_mask.shape[1]
-        logits = response_logits(self.policy, tokens, attention_mask, length=length)
-        logprobs = gather_logprobs(logits, tokens[:, -length:], temperature=self.temperature)
+        predicted = response_predictions(self.policy, tokens, attention_mask, experience.response_mask)
+        found, entropies = predicted.logprobs_and_entropy(
+            temperature=self.temperature, entropy_gradient=self.entropy_coef > 0
+        )
         # Outside of the mask nothing counts, and a ratio of 1 keeps it finite.
-        logprobs = logprobs.where(experience.response_mask, experience.old_logprobs)
+        logprobs = experience.old_logprobs.masked_scatter(experience.response_mask, found)
         ratio = probability_ratio(logprobs.detach(), experience.old_logprobs)
         quantities = {
             "policy_loss": self._policy_loss(logprobs, experience),
-            "entropy": entropy(logits if self.entropy_coef else logits.detach(), temperature=self.temperature),
+            "entropy": spread(entropies, experience.response_mask),
             "approx_kl": k2(logprobs.detach(), experience.old_logprobs),
             "ratio": ratio,
             "clip_fraction": is_clipped(ratio, 1.0, clip_range=self.clip_range),
@@ -610,8 +610,7 @@ class PPOModule(LanguageModule):
         tokens = self.sum_over_ranks(batch.loss_mask.sum().float())
         losses: list[Tensor] = []
         for rows in torch.arange(len(batch), device=self.device).split(self.micro_batch_size):
-            logits, targets = predictions(self.policy, batch.rows(rows))
-            loss = cross_entropy(logits, targets, reduction="sum") / tokens
+            loss = -sft_predictions(self.policy, batch.rows(rows)).total_logprob() / tokens
             # The gradients travel between ranks with those of the minibatch's last part.
             with self._gradient_sync(False):
                 self.manual_backward(self.ptx_coef * loss * self.trainer.world_size)

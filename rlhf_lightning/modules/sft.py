@@ -15,7 +15,7 @@ from rlhf_lightning.modules.language import (
     LanguageModule,
     adamw_with_schedule,
     check_optimization,
-    predictions,
+    sft_predictions,
 )
 from rlhf_lightning.networks import Model, load_policy, stop_token_ids
 from rlhf_lightning.types import SFTBatch
@@ -92,13 +92,15 @@ class SFTModule(LanguageModule):
 
     def forward(self, batch: SFTBatch) -> tuple[Tensor, Tensor]:
         """Return the logits (N, V) in float32 that predict the N tokens that count, and these tokens (N,)."""
-        return predictions(self.policy, batch)
+        predicted = sft_predictions(self.policy, batch)
+        return predicted.logits(), predicted.tokens
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """Return the loss in nats per token, weighted so that the processes' average is the mean over all tokens."""
         with self.updating():
-            logits, targets = self(batch)
-        loss = self.share_of_mean(cross_entropy(logits, targets, reduction="sum"), len(targets))
+            predicted = sft_predictions(self.policy, batch)
+            total = -predicted.total_logprob()
+        loss = self.share_of_mean(total, len(predicted.tokens))
         self.log("sft/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch))
         return loss
 

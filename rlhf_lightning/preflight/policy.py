@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.functional.logprobs import gather_logprobs
 from rlhf_lightning.functional.masking import masked_sum
 from rlhf_lightning.functional.rewards import value_mask
 from rlhf_lightning.preflight.findings import Finding, Status
 from rlhf_lightning.preflight.probe import Probe
 from rlhf_lightning.rollout.experience import micro_batches, trimmed_micro_batches
-from rlhf_lightning.rollout.score import response_logits, response_values
+from rlhf_lightning.rollout.score import response_predictions, response_values, spread
 from rlhf_lightning.types import Experience, Rollout, ScoredRollout
 
 PAD_COLUMNS = 5
@@ -44,9 +43,8 @@ def read_logprobs(
     found = torch.zeros(rollout.response_mask.shape, dtype=_stored(network), device=rollout.tokens.device)
     for rows, tokens, mask, response_mask in _padded(rollout, micro_batch_size, pad_columns):
         length = response_mask.shape[1]
-        logits = response_logits(network, tokens, mask, length=length)
-        logprobs = gather_logprobs(logits, tokens[:, -length:], temperature=temperature)
-        found[rows, :length] = logprobs.masked_fill(~response_mask, 0.0)
+        predicted = response_predictions(network, tokens, mask, response_mask)
+        found[rows, :length] = spread(predicted.logprobs(temperature=temperature), response_mask)
     return found
 
 

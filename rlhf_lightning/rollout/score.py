@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rlhf_lightning.functional.logprobs import gather_logprobs
 from rlhf_lightning.functional.masking import position_ids
 from rlhf_lightning.functional.rewards import value_mask
+from rlhf_lightning.networks.predictions import Predictions, predictions
 from rlhf_lightning.rollout.experience import micro_batches
 from rlhf_lightning.rollout.reward import Reward
 from rlhf_lightning.types import Rollout, ScoredRollout
@@ -27,6 +27,29 @@ def response_logits(
         logits_to_keep=length + 1,
     ).logits
     return logits[:, :-1]
+
+
+def response_predictions(
+    policy: nn.Module,
+    tokens: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
+    response_mask: Bool[Tensor, "B R"],
+) -> Predictions:
+    """Return what predicts the response tokens that count, row by row; `spread` puts what is found to its place."""
+    prompt_width = tokens.shape[1] - response_mask.shape[1]
+    return predictions(
+        policy,
+        tokens,
+        attention_mask,
+        torch.nn.functional.pad(response_mask, (prompt_width, 0)),
+        position_ids=position_ids(attention_mask),
+        longest=response_mask.shape[1],
+    )
+
+
+def spread(found: Float[Tensor, " N"], response_mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+    """Return one number for each true place of the mask, row by row, at these places, and 0 at all others."""
+    return found.new_zeros(response_mask.shape).masked_scatter(response_mask, found)
 
 
 def response_values(
@@ -63,11 +86,9 @@ def score_rollout(
     values = torch.zeros(sequences, longest + 1, dtype=dtype, device=device)
     for rows, tokens, attention_mask, response_mask in micro_batches(rollout, micro_batch_size=micro_batch_size):
         length = response_mask.shape[1]
-        responses = tokens[:, -length:]
         for network, store in ((policy, logprobs), (reference, ref_logprobs)):
-            logits = response_logits(network, tokens, attention_mask, length=length)
-            found = gather_logprobs(logits, responses, temperature=temperature)
-            store[rows, :length] = found.masked_fill(~response_mask, 0.0)
+            predicted = response_predictions(network, tokens, attention_mask, response_mask)
+            store[rows, :length] = spread(predicted.logprobs(temperature=temperature), response_mask)
         if critic is not None:
             found = response_values(critic, tokens, attention_mask, length=length)
             states = value_mask(response_mask, after_end=True)
