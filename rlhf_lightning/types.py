@@ -128,6 +128,11 @@ class Rollout(PromptBatch):
         """(B, R) ids of the response positions."""
         return self.tokens[:, -self.response_mask.shape[1] :]
 
+    @property
+    def response_starts(self) -> Tensor:
+        """(B,) where in its row a response begins: behind the prompts, whose ends are in one column."""
+        return torch.full_like(self.ended, self.prompt_tokens.shape[1], dtype=torch.long)
+
 
 @dataclass(frozen=True)
 class ScoredRollout(Rollout):
@@ -158,6 +163,8 @@ class Experience(Record):
     """(B, T) prompt and response ids."""
     attention_mask: Tensor
     """(B, T) bool."""
+    response_starts: Tensor
+    """(B,) where in its row a response begins."""
     response_mask: Tensor
     """(B, R) bool."""
     value_mask: Tensor

@@ -105,13 +105,11 @@ def with_responses(batch: PromptBatch, responses: list[str], tokenizer: "PreTrai
 def sequence_kl(policy: nn.Module, reference: nn.Module, rollout: Rollout, *, temperature: float) -> list[float]:
     """Return log p(y|x) - log p_ref(y|x) of each response, both at the sampling temperature, in nats."""
     kl: Any = torch.zeros(len(rollout), device=rollout.tokens.device)
-    for rows, tokens, attention_mask, response_mask in micro_batches(rollout, micro_batch_size=32):
+    for part in micro_batches(rollout, micro_batch_size=32):
+        sequences = (part.tokens, part.attention_mask, part.response_starts, part.response_mask)
         logprobs, ref_logprobs = (
-            spread(
-                response_predictions(network, tokens, attention_mask, response_mask).logprobs(temperature=temperature),
-                response_mask,
-            )
+            spread(response_predictions(network, *sequences).logprobs(temperature=temperature), part.response_mask)
             for network in (policy, reference)
         )
-        kl[rows] = masked_sum(k1(logprobs, ref_logprobs), response_mask)
+        kl[part.rows] = masked_sum(k1(logprobs, ref_logprobs), part.response_mask)
     return [float(value) for value in kl]

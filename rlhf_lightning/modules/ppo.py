@@ -407,7 +407,8 @@ class PPOModule(LanguageModule):
         """Return the policy's quantities of each sampled token (B, R), and the critic's of each state (B, R + 1)."""
         tokens, attention_mask = experience.tokens, experience.attention_mask
         length = experience.response_mask.shape[1]
-        predicted = response_predictions(self.policy, tokens, attention_mask, experience.response_mask)
+        starts = experience.response_starts
+        predicted = response_predictions(self.policy, tokens, attention_mask, starts, experience.response_mask)
         found, entropies = predicted.logprobs_and_entropy(
             temperature=self.temperature, entropy_gradient=self.entropy_coef > 0
         )
@@ -425,7 +426,7 @@ class PPOModule(LanguageModule):
             quantities["kl_loss"] = self._kl_loss(logprobs, experience)
         if self.critic is None:
             return quantities
-        values = response_values(self.critic, tokens, attention_mask, length=length)
+        values = response_values(self.critic, tokens, attention_mask, starts, length=length)
         return quantities | {
             "value_loss": clipped_value_loss(
                 values, experience.old_values, experience.returns, value_clip_range=self.value_clip_range

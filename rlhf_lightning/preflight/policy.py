@@ -41,9 +41,9 @@ def read_logprobs(
 ) -> Tensor:
     """Return the log-probabilities (B, R) of the responses, 0 after their ends, with pad columns on the left."""
     found = torch.zeros(rollout.response_mask.shape, dtype=_stored(network), device=rollout.tokens.device)
-    for rows, tokens, mask, response_mask in _padded(rollout, micro_batch_size, pad_columns):
+    for rows, tokens, mask, starts, response_mask in _padded(rollout, micro_batch_size, pad_columns):
         length = response_mask.shape[1]
-        predicted = response_predictions(network, tokens, mask, response_mask)
+        predicted = response_predictions(network, tokens, mask, starts, response_mask)
         found[rows, :length] = spread(predicted.logprobs(temperature=temperature), response_mask)
     return found
 
@@ -52,9 +52,9 @@ def read_values(critic: nn.Module, rollout: Rollout, *, micro_batch_size: int, p
     """Return the values (B, R + 1) of the states before and after the response tokens, 0 after their ends."""
     sequences, longest = rollout.response_mask.shape
     found = torch.zeros(sequences, longest + 1, dtype=_stored(critic), device=rollout.tokens.device)
-    for rows, tokens, mask, response_mask in _padded(rollout, micro_batch_size, pad_columns):
+    for rows, tokens, mask, starts, response_mask in _padded(rollout, micro_batch_size, pad_columns):
         length = response_mask.shape[1]
-        values = response_values(critic, tokens, mask, length=length)
+        values = response_values(critic, tokens, mask, starts, length=length)
         states = value_mask(response_mask, after_end=True)
         found[rows, : length + 1] = values.masked_fill(~states, 0.0)
     return found
@@ -234,6 +234,7 @@ def first_experience(scored: ScoredRollout) -> Experience:
     return Experience(
         tokens=scored.tokens,
         attention_mask=scored.attention_mask,
+        response_starts=scored.response_starts,
         response_mask=scored.response_mask,
         value_mask=value_mask(scored.response_mask, after_end=True),
         old_logprobs=scored.logprobs,
@@ -260,8 +261,8 @@ def _alike(one: Tensor, other: Tensor, network: nn.Module) -> bool:
 
 
 def _padded(rollout: Rollout, micro_batch_size: int, columns: int) -> Iterator[Any]:
-    for rows, tokens, mask, response_mask in micro_batches(rollout, micro_batch_size=micro_batch_size):
+    for part in micro_batches(rollout, micro_batch_size=micro_batch_size):
         # Any id will do: what is masked must not count.
-        padding = (columns, 0)
-        padded = nn.functional.pad(tokens, padding, value=0), nn.functional.pad(mask, padding, value=False)
-        yield rows, *padded, response_mask
+        tokens = nn.functional.pad(part.tokens, (columns, 0), value=0)
+        mask = nn.functional.pad(part.attention_mask, (columns, 0), value=False)
+        yield part.rows, tokens, mask, part.response_starts + columns, part.response_mask

@@ -33,17 +33,20 @@ def response_predictions(
     policy: nn.Module,
     tokens: Int[Tensor, "B T"],
     attention_mask: Bool[Tensor, "B T"],
+    response_starts: Int[Tensor, " B"],
     response_mask: Bool[Tensor, "B R"],
 ) -> Predictions:
     """Return what predicts the response tokens that count, row by row; `spread` puts what is found to its place."""
-    prompt_width = tokens.shape[1] - response_mask.shape[1]
+    place = torch.arange(tokens.shape[1], device=tokens.device) - response_starts.unsqueeze(1)
+    longest = response_mask.shape[1]
+    counted = response_mask.gather(1, place.clamp(0, longest - 1)) & (place >= 0) & (place < longest)
     return predictions(
         policy,
         tokens,
         attention_mask,
-        torch.nn.functional.pad(response_mask, (prompt_width, 0)),
+        counted,
         position_ids=position_ids(attention_mask),
-        longest=response_mask.shape[1],
+        longest=tokens.shape[1] - int(response_starts.min()),
     )
 
 
@@ -53,14 +56,21 @@ def spread(found: Float[Tensor, " N"], response_mask: Bool[Tensor, "B R"]) -> Fl
 
 
 def response_values(
-    critic: nn.Module, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], *, length: int
+    critic: nn.Module,
+    tokens: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
+    response_starts: Int[Tensor, " B"],
+    *,
+    length: int,
 ) -> Float[Tensor, "B R+1"]:
-    """Return the values of the states before each of the last ``length`` tokens, and after the last.
+    """Return the values of the states before each of ``length`` tokens of the responses, and after the last.
 
-    The value of the state before the token at t is read at t - 1.
+    The value of the state before the token at t is read at t - 1. Behind the end of a row that of its last column is
+    repeated.
     """
     values: Tensor = critic(tokens, attention_mask)
-    return values[:, -length - 1 :]
+    states = torch.arange(length + 1, device=tokens.device) + response_starts.unsqueeze(1) - 1
+    return values.gather(1, states.clamp(max=tokens.shape[1] - 1))
 
 
 @torch.no_grad()
@@ -84,15 +94,16 @@ def score_rollout(
     dtype = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
     logprobs, ref_logprobs = (torch.zeros(sequences, longest, dtype=dtype, device=device) for _ in range(2))
     values = torch.zeros(sequences, longest + 1, dtype=dtype, device=device)
-    for rows, tokens, attention_mask, response_mask in micro_batches(rollout, micro_batch_size=micro_batch_size):
-        length = response_mask.shape[1]
+    for part in micro_batches(rollout, micro_batch_size=micro_batch_size):
+        mask = part.response_mask
+        length = mask.shape[1]
         for network, store in ((policy, logprobs), (reference, ref_logprobs)):
-            predicted = response_predictions(network, tokens, attention_mask, response_mask)
-            store[rows, :length] = spread(predicted.logprobs(temperature=temperature), response_mask)
+            predicted = response_predictions(network, part.tokens, part.attention_mask, part.response_starts, mask)
+            store[part.rows, :length] = spread(predicted.logprobs(temperature=temperature), mask)
         if critic is not None:
-            found = response_values(critic, tokens, attention_mask, length=length)
-            states = value_mask(response_mask, after_end=True)
-            values[rows, : length + 1] = found.masked_fill(~states, 0.0)
+            found = response_values(critic, part.tokens, part.attention_mask, part.response_starts, length=length)
+            states = value_mask(mask, after_end=True)
+            values[part.rows, : length + 1] = found.masked_fill(~states, 0.0)
     scores = reward.scores(rollout)
     return ScoredRollout(
         **vars(rollout),

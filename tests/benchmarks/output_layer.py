@@ -69,7 +69,7 @@ def works(network: Any) -> dict[str, Callable[..., float]]:
 
     def read(*, everywhere: bool) -> tuple[Tensor, Tensor]:
         if not everywhere:
-            predicted = response_predictions(network, ids, rollout, responses)
+            predicted = response_predictions(network, ids, rollout, torch.full((8,), 48), responses)
             found = predicted.logprobs_and_entropy(entropy_gradient=False)
             return spread(found[0], responses), spread(found[1], responses)
         logits = response_logits(network, ids, rollout, length=RESPONSE)
@@ -88,7 +88,7 @@ def works(network: Any) -> dict[str, Callable[..., float]]:
         if everywhere:
             logits = response_logits(network, ids, rollout, length=RESPONSE)
             return float(gather_logprobs(logits, ids[:, -RESPONSE:]).masked_fill(~responses, 0.0).sum())
-        return float(response_predictions(network, ids, rollout, responses).logprobs().sum())
+        return float(response_predictions(network, ids, rollout, torch.full((8,), 48), responses).logprobs().sum())
 
     return {
         "fine-tuning, texts": partial(fine_tune, text),
