@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
@@ -39,10 +39,12 @@ from rlhf_lightning.modules.language import (
 )
 from rlhf_lightning.modules.ppo_checks import CriticKind, KLPenalty, LossMean, check_settings, without_effect
 from rlhf_lightning.modules.ptx import BatchStream
-from rlhf_lightning.modules.sharding import Gathering, gathered_where_wanted
+from rlhf_lightning.modules.sharding import Gathering, gathered_where_wanted, shards_weights
 from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
+from rlhf_lightning.networks.checkpointing import checkpoint_blocks, is_checkpointed
 from rlhf_lightning.networks.critic import Copy, TrunkCritic, new_value_head
 from rlhf_lightning.networks.lora import train_adapter
+from rlhf_lightning.networks.offloading import HostWeights
 from rlhf_lightning.networks.roles import frozen, have_one_backbone, on_the_same_backbone, reference_of
 from rlhf_lightning.networks.sharding import set_gradient_sync
 from rlhf_lightning.preflight import check_ppo, check_ppo_strategy, of_all_processes, of_status, refusal
@@ -145,6 +147,7 @@ class PPOModule(LanguageModule):
         top_p: float = 1.0,
         seed: int = 0,
         gather_weights: Gathering = "auto",
+        offload: bool = False,
         preflight: bool = True,
     ) -> None:
         """Load the policy; the other roles are made in `setup`, when the tokenizer is known.
@@ -203,6 +206,8 @@ class PPOModule(LanguageModule):
         self.temperature = temperature
         self.seed = seed
         self.gather_weights = gather_weights
+        self.offload = offload
+        self._host_weights = HostWeights()
         self.preflight = preflight
         # What changes from rollout to rollout beside weights; `on_save_checkpoint` lists it.
         self.beta = beta
@@ -242,6 +247,11 @@ class PPOModule(LanguageModule):
         callbacks = super().configure_callbacks()
         trainer = self.trainer
         check_ppo_strategy(type(trainer.strategy).__name__)
+        if self.offload and shards_weights(trainer.strategy):
+            raise InputError(
+                f"PPOModule(offload=True): {type(trainer.strategy).__name__} moves weights itself; set "
+                "module.offload=false, or train on one device or with trainer.strategy=ddp"
+            )
         if trainer.gradient_clip_val:
             raise InputError(
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) cannot clip the several updates of a rollout; "
@@ -272,6 +282,8 @@ class PPOModule(LanguageModule):
         self.reward = self._load_reward()
         if self.advantage == "gae":
             self.critic = self._new_critic(self.reward)
+        if isinstance(self.critic, Critic) and is_checkpointed(self.policy):
+            checkpoint_blocks(self.critic)
         train_adapter(self.policy)
         # Dropout would make the first ratio differ from 1.
         self.eval()
@@ -344,7 +356,7 @@ class PPOModule(LanguageModule):
 
     def score(self, rollout: Rollout) -> ScoredRollout:
         """Add log-probabilities, values and scores."""
-        with self._phase("scoring", rollout):
+        with self._phase("scoring", rollout), self._frozen_on_device():
             return score_rollout(
                 rollout,
                 policy=self.policy,
@@ -354,6 +366,11 @@ class PPOModule(LanguageModule):
                 temperature=self.temperature,
                 micro_batch_size=self.micro_batch_size,
             )
+
+    def _frozen_on_device(self) -> AbstractContextManager[None]:
+        """Return the block in which reference and reward models are read; with ``offload`` they leave after it."""
+        models = [part.reward_model for part in self._reward.models().values()]
+        return self._host_weights.on(self.device, [self.reference, *models]) if self.offload else nullcontext()
 
     def experience(self, scored: ScoredRollout, parts: dict[str, Tensor]) -> Experience:
         """Return rewards, advantages and returns of a scored rollout whose shaped score has these parts."""
@@ -506,7 +523,8 @@ class PPOModule(LanguageModule):
             if not are_whole:
                 log.warning("%s", NO_PREFLIGHT.format(self.gather_weights))
                 return
-            findings = check_ppo(self, batch)
+            with self._frozen_on_device():
+                findings = check_ppo(self, batch)
         if self.trainer.is_global_zero:
             for finding in of_status(findings, "warning"):
                 log.warning("preflight: %s", finding)
