@@ -2,7 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +16,8 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks.quantizing import is_quantized
 
 _compiled: "WeakKeyDictionary[nn.Module, Callable[..., Any]]" = WeakKeyDictionary()
+
+_is_off: ContextVar[bool] = ContextVar("_is_off", default=False)
 
 
 def compile_body(network: nn.Module) -> None:
@@ -45,8 +49,18 @@ def is_compiled(network: nn.Module) -> bool:
     return any(isinstance(forward, partial) and forward.func is _forward for forward in forwards)
 
 
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run bodies as they are in the block: nothing is compiled for a look at a network."""
+    token = _is_off.set(True)
+    try:
+        yield
+    finally:
+        _is_off.reset(token)
+
+
 def _forward(plain: Any, *args: Any, **kwargs: Any) -> Any:
-    if kwargs.get("use_cache") is not False:
+    if kwargs.get("use_cache") is not False or _is_off.get():
         return plain(*args, **kwargs)
     body = plain.__self__
     if body not in _compiled:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from rlhf_lightning.functional.head_logprobs import head_logprobs, head_logprobs_and_entropy, total_logprob
 from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
 from rlhf_lightning.functional.precision import at_least_float32
+from rlhf_lightning.networks.compiling import uncompiled
 from rlhf_lightning.networks.sharding import is_sharded
 
 _found_plain: "WeakKeyDictionary[nn.Module, dict[bool, bool]]" = WeakKeyDictionary()
@@ -152,7 +153,7 @@ def _is_all(network: Any, head: nn.Linear, *, takes_positions: bool) -> bool:
     ]
     try:
         # Dropout may be on: nothing is to be drawn from the noise of the training.
-        with torch.random.fork_rng(devices=[token.device] if token.is_cuda else []):
+        with torch.random.fork_rng(devices=[token.device] if token.is_cuda else []), uncompiled():
             logits = network(**inputs, use_cache=False).logits
     finally:
         for hook in hooks:

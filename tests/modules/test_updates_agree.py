@@ -82,3 +82,34 @@ def test_ppo_with_logits_where_they_count(
     for name in ("policy_loss", "entropy", "kl", "policy_grad_norm", "approx_kl", "score"):
         assert after[f"ppo/{name}"] == pytest.approx(before[f"ppo/{name}"], rel=1e-3, abs=1e-5), name
     assert after["ppo/kl"][-1] != after["ppo/kl"][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_ppo_with_frozen_networks_on_the_host(
+    policy: Callable[..., Any],
+    classifier: Callable[..., Any],
+    fit: Callable[..., Any],
+    prompts: PromptBatch,
+    tokenizer: Any,
+) -> None:
+    def run(*, offload: bool) -> tuple[PPOModule, Any]:
+        module = PPOModule(
+            policy(),
+            reward=classifier(),
+            tokenizer=tokenizer,
+            minibatch_size=6,
+            max_new_tokens=8,
+            learning_rate=1e-3,
+            offload=offload,
+        )
+        frozen: list[str] = []
+        module.policy.register_forward_pre_hook(lambda *_: frozen.append(module.reference.lm_head.weight.device.type))
+        logged = fit(module, [prompts], max_epochs=UPDATES // 4, accelerator="gpu")
+        assert ("cpu" in frozen) == offload
+        return module, logged
+
+    _, expected = run(offload=False)
+    _, found = run(offload=True)
+    for name in ("policy_loss", "value_loss", "kl", "score"):
+        assert found[f"ppo/{name}"] == pytest.approx(expected[f"ppo/{name}"], rel=1e-4, abs=1e-6), name
