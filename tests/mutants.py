@@ -416,8 +416,8 @@ MUTANTS = (
     Mutant(
         "a value reads the state after its token",
         ROLLOUT + "score.py",
-        "    return values[:, -length - 1 :]\n",
-        "    return values.roll(-1, dims=1)[:, -length - 1 :]\n",
+        "response_starts.unsqueeze(1) - 1\n",
+        "response_starts.unsqueeze(1)\n",
         ("tests/rollout/test_score.py",),
         31,
     ),

@@ -134,6 +134,7 @@ def test_every_number_of_the_constructor_is_looked_at() -> None:
         "ptx_data",
         "seed",
         "max_bad_updates",
+        "offload",
         "preflight",
     }
     assert set(DEFAULTS) - others == looked_at
@@ -142,7 +143,7 @@ def test_every_number_of_the_constructor_is_looked_at() -> None:
 @pytest.mark.parametrize(("settings", "message"), [OUT_OF_RANGE[0], *CONTRADICTIONS])
 def test_settings_are_looked_at_before_anything_is_loaded(settings: Settings, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        PPOModule("no/such/folder", reward="no/such/reward", **settings)
+        PPOModule(**{"model": "no/such/folder", "reward": "no/such/reward", **settings})
 
 
 IDLE: list[tuple[Settings, Settings, str]] = [

@@ -81,7 +81,7 @@ def test_what_cannot_be_compiled_is_an_error(
 @pytest.mark.proof
 @pytest.mark.filterwarnings("ignore")  # torch's own, of the compiler
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_compiled_is_as_plain_at_several_shapes_with_one_compilation(kind: str, policy: Callable[..., Any]) -> None:
+def test_compiled_is_as_plain_at_any_shape_and_compiles_no_more_after_two(kind: str, policy: Callable[..., Any]) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("inductor")
@@ -99,5 +99,5 @@ def test_compiled_is_as_plain_at_several_shapes_with_one_compilation(kind: str, 
         for one, other in zip(*gradients, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
         frames.append(counter.frame_count)
-    assert frames[0] >= 1
-    assert frames == [frames[0]] * 3
+    # A second shape may show the compiler that a size varies; no further one costs anything.
+    assert 1 <= frames[0] <= frames[1] == frames[2]
