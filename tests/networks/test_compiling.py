@@ -81,7 +81,9 @@ def test_what_cannot_be_compiled_is_an_error(
 @pytest.mark.proof
 @pytest.mark.filterwarnings("ignore")  # torch's own, of the compiler
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_compiled_is_as_plain_at_any_shape_and_compiles_no_more_after_two(kind: str, policy: Callable[..., Any]) -> None:
+def test_compiled_is_as_plain_at_any_shape_and_compiles_no_more_after_two(
+    kind: str, policy: Callable[..., Any]
+) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("inductor")
