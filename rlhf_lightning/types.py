@@ -33,6 +33,10 @@ class Record:
         """Return the same record with every tensor on ``device``."""
         return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
 
+    def pin_memory(self) -> Self:
+        """Return the same record in memory from which a CUDA device copies while the host goes on."""
+        return replace(self, **{f.name: _pinned(getattr(self, f.name)) for f in fields(self)})
+
     def rows(self, index: Tensor) -> Self:
         """Return the sequences at ``index``, in its order."""
         picked = {f.name: _pick(getattr(self, f.name), index) for f in fields(self)}
@@ -45,9 +49,18 @@ class Record:
 
 def _moved(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        # Not from the device to the host, which would read what has not arrived.
+        return value.to(device, non_blocking=torch.device(device).type == "cuda")
     if isinstance(value, Mapping):
         return {name: _moved(column, device) for name, column in value.items()}
+    return value
+
+
+def _pinned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.pin_memory()
+    if isinstance(value, Mapping):
+        return {name: _pinned(column) for name, column in value.items()}
     return value
 
 
@@ -128,6 +141,11 @@ class Rollout(PromptBatch):
         """(B, R) ids of the response positions."""
         return self.tokens[:, -self.response_mask.shape[1] :]
 
+    @property
+    def response_starts(self) -> Tensor:
+        """(B,) where in its row a response begins: behind the prompts, whose ends are in one column."""
+        return torch.full_like(self.ended, self.prompt_tokens.shape[1], dtype=torch.long)
+
 
 @dataclass(frozen=True)
 class SampledRollout(Rollout):
@@ -166,6 +184,8 @@ class Experience(Record):
     """(B, T) prompt and response ids."""
     attention_mask: Tensor
     """(B, T) bool."""
+    response_starts: Tensor
+    """(B,) where in its row a response begins."""
     response_mask: Tensor
     """(B, R) bool."""
     value_mask: Tensor

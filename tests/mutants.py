@@ -216,8 +216,8 @@ MUTANTS = (
     Mutant(
         "temperature left out of the updates",
         PPO,
-        "logprobs = gather_logprobs(logits, tokens[:, -length:], temperature=self.temperature)",
-        "logprobs = gather_logprobs(logits, tokens[:, -length:])",
+        "            temperature=self.temperature, entropy_gradient=",
+        "            entropy_gradient=",
         (PPO_TESTS + "test_on_its_own_fresh_rollout_the_ratio_is_1",),
         14,
     ),
@@ -416,8 +416,8 @@ MUTANTS = (
     Mutant(
         "a value reads the state after its token",
         ROLLOUT + "score.py",
-        "    return values[:, -length - 1 :]\n",
-        "    return values.roll(-1, dims=1)[:, -length - 1 :]\n",
+        "response_starts.unsqueeze(1) - 1\n",
+        "response_starts.unsqueeze(1)\n",
         ("tests/rollout/test_score.py",),
         31,
     ),

@@ -3,7 +3,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from rlhf_lightning.types import ComparisonBatch, PromptBatch, Rollout, ScoredRollout
+from rlhf_lightning.types import ComparisonBatch, PromptBatch, Rollout, ScoredRollout, SFTBatch
 
 
 @pytest.fixture
@@ -80,3 +80,13 @@ def test_a_comparison_batch_counts_responses() -> None:
         ones.long(), ones.bool(), ones.bool(), torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 0]), torch.zeros(4)
     )
     assert len(batch) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_pinned_record_is_the_same_record_for_a_device() -> None:
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    batch = SFTBatch(tokens=torch.arange(6).reshape(2, 3), attention_mask=mask, loss_mask=mask)
+    pinned = batch.pin_memory()
+    assert pinned.tokens.is_pinned()
+    assert torch.equal(pinned.to("cuda").to("cpu").tokens, batch.tokens)

@@ -302,6 +302,7 @@ class TextDataModule(LightningDataModule, Generic[Item]):
             drop_last=drop_last,
             collate_fn=self.collate(self.pad_token_id),
             num_workers=self.num_workers,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             # Otherwise each iteration draws from the global noise, and a resumed run would go on differently.
             generator=torch.Generator().manual_seed(self.seed),
         )

@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from rlhf_lightning.functional.kl import k1
-from rlhf_lightning.functional.logprobs import gather_logprobs
 from rlhf_lightning.functional.masking import masked_sum
 from rlhf_lightning.modules import SFTModule
 from rlhf_lightning.networks import stop_token_ids
 from rlhf_lightning.rollout.experience import micro_batches
 from rlhf_lightning.rollout.generate import generate
 from rlhf_lightning.rollout.reward import Reward
-from rlhf_lightning.rollout.score import response_logits
+from rlhf_lightning.rollout.score import response_predictions, spread
 from rlhf_lightning.types import PromptBatch, Rollout, SFTBatch
 
 if TYPE_CHECKING:
@@ -106,15 +105,11 @@ def with_responses(batch: PromptBatch, responses: list[str], tokenizer: "PreTrai
 def sequence_kl(policy: nn.Module, reference: nn.Module, rollout: Rollout, *, temperature: float) -> list[float]:
     """Return log p(y|x) - log p_ref(y|x) of each response, both at the sampling temperature, in nats."""
     kl: Any = torch.zeros(len(rollout), device=rollout.tokens.device)
-    for rows, tokens, attention_mask, response_mask in micro_batches(rollout, micro_batch_size=32):
-        length = response_mask.shape[1]
+    for part in micro_batches(rollout, micro_batch_size=32):
+        sequences = (part.tokens, part.attention_mask, part.response_starts, part.response_mask)
         logprobs, ref_logprobs = (
-            gather_logprobs(
-                response_logits(network, tokens, attention_mask, length=length),
-                tokens[:, -length:],
-                temperature=temperature,
-            )
+            spread(response_predictions(network, *sequences).logprobs(temperature=temperature), part.response_mask)
             for network in (policy, reference)
         )
-        kl[rows] = masked_sum(k1(logprobs, ref_logprobs), response_mask)
+        kl[part.rows] = masked_sum(k1(logprobs, ref_logprobs), part.response_mask)
     return [float(value) for value in kl]

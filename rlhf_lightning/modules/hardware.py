@@ -9,6 +9,7 @@ from torch import nn
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks import is_quantized
+from rlhf_lightning.networks.compiling import is_compiled
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 """AdamW with its moments in 32 or in 8 bits (Dettmers et al. 2022); paged: they move to the CPU where room is short."""
@@ -40,10 +41,12 @@ def check_hardware(trainer: Trainer, module: Trained) -> None:
         bits.append("network.roles=shared")
     if module.optimizer != "adamw":
         bits.append(f"module.optimizer={module.optimizer}")
+    if is_compiled(module.network):
+        bits.append("network.compile")
     if bits and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         raise InputError(
-            f"{', '.join(bits)}: {type(trainer.strategy).__name__} cuts weights into shards, which bitsandbytes and "
-            "roles on one backbone cannot be; use one device or trainer.strategy=ddp"
+            f"{', '.join(bits)}: {type(trainer.strategy).__name__} cuts weights into shards, which bitsandbytes, roles "
+            "on one backbone and compiled bodies cannot be; use one device or trainer.strategy=ddp"
         )
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
-from jaxtyping import Float, Int
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import Precision
@@ -21,7 +20,6 @@ from torchmetrics import Metric
 from rlhf_lightning.callbacks import ExactResume
 from rlhf_lightning.errors import InputError, check_number
 from rlhf_lightning.functional.dtensors import whole
-from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
 from rlhf_lightning.modules import replay
 from rlhf_lightning.modules.finite import BadUpdates
@@ -37,6 +35,7 @@ from rlhf_lightning.networks import (
     save_pretrained,
 )
 from rlhf_lightning.networks.embeddings import embeddings_and_heads
+from rlhf_lightning.networks.predictions import Predictions, predictions
 from rlhf_lightning.networks.sharding import shard
 from rlhf_lightning.preflight import check_rounding
 from rlhf_lightning.preflight.out_of_memory import naming_phase
@@ -337,13 +336,9 @@ def pass_records_by(plugin: Precision) -> None:
     plugin.convert_input = convert_others  # type: ignore[method-assign]
 
 
-def predictions(network: nn.Module, batch: SFTBatch) -> tuple[Float[Tensor, "N V"], Int[Tensor, " N"]]:
-    """Return the logits in at least float32 that predict the N tokens that count, and these tokens."""
-    model: Any = network
-    logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask.long(), use_cache=False).logits
-    # The token at t is predicted by the logits at t - 1.
-    predicted = batch.loss_mask[:, 1:]
-    return at_least_float32(logits[:, :-1][predicted]), batch.tokens[:, 1:][predicted]
+def sft_predictions(network: nn.Module, batch: SFTBatch) -> Predictions:
+    """Return what predicts the tokens that count."""
+    return predictions(network, batch.tokens, batch.attention_mask, batch.loss_mask)
 
 
 def adamw_with_schedule(

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 from itertools import product
@@ -15,13 +15,11 @@ from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.dtensors import whole
 from rlhf_lightning.functional.kl import adapted_beta, k1, k1_weighted, k2
-from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
 from rlhf_lightning.functional.losses import (
     clipped_policy_loss,
     clipped_value_loss,
@@ -35,7 +33,7 @@ from rlhf_lightning.modules.hardware import OptimizerName
 from rlhf_lightning.modules.language import (
     LanguageModule,
     adamw,
-    predictions,
+    sft_predictions,
     trained_weights,
     without_dropout_on_purpose,
 )
@@ -44,9 +42,11 @@ from rlhf_lightning.modules.ppo_checks import CriticKind, KLPenalty, LossMean, c
 from rlhf_lightning.modules.ptx import BatchStream
 from rlhf_lightning.modules.sharding import Gathering, gathered_where_wanted, shards_weights
 from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
+from rlhf_lightning.networks.checkpointing import checkpoint_blocks, is_checkpointed
 from rlhf_lightning.networks.critic import Copy, TrunkCritic, new_value_head
 from rlhf_lightning.networks.embeddings import embeddings_and_heads
 from rlhf_lightning.networks.lora import train_adapter
+from rlhf_lightning.networks.offloading import HostWeights
 from rlhf_lightning.networks.roles import frozen, have_one_backbone, on_the_same_backbone, reference_of
 from rlhf_lightning.networks.sharding import set_gradient_sync
 from rlhf_lightning.preflight import check_ppo, check_ppo_strategy, of_all_processes, of_status, refusal
@@ -64,7 +64,7 @@ from rlhf_lightning.rollout.experience import (
 from rlhf_lightning.rollout.generate import generate
 from rlhf_lightning.rollout.metrics import critic_metrics, rollout_metrics
 from rlhf_lightning.rollout.reward import Reward, RewardSetting, load_reward
-from rlhf_lightning.rollout.score import response_logits, response_values, score_rollout
+from rlhf_lightning.rollout.score import response_predictions, response_values, score_rollout, spread
 from rlhf_lightning.rollout.shaping import MissingEOS, Normalization, RunningMoments, Shaping
 from rlhf_lightning.types import Experience, PromptBatch, Rollout, ScoredRollout
 
@@ -152,6 +152,7 @@ class PPOModule(LanguageModule):
         top_p: float = 1.0,
         seed: int = 0,
         gather_weights: Gathering = "auto",
+        offload: bool = False,
         preflight: bool = True,
     ) -> None:
         """Load the policy; the other roles are made in `setup`, when the tokenizer is known.
@@ -211,6 +212,8 @@ class PPOModule(LanguageModule):
         self.temperature = temperature
         self.seed = seed
         self.gather_weights = gather_weights
+        self.offload = offload
+        self._host_weights = HostWeights()
         self.preflight = preflight
         # What changes from rollout to rollout beside weights; `on_save_checkpoint` lists it.
         self.beta = beta
@@ -255,6 +258,11 @@ class PPOModule(LanguageModule):
                 f"micro_batch_size=auto tries a micro-batch on one process at a time, and under "
                 f"{type(trainer.strategy).__name__} each forward needs all processes; set a number"
             )
+        if self.offload and shards_weights(trainer.strategy):
+            raise InputError(
+                f"PPOModule(offload=True): {type(trainer.strategy).__name__} moves weights itself; set "
+                "module.offload=false, or train on one device or with trainer.strategy=ddp"
+            )
         if trainer.gradient_clip_val:
             raise InputError(
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) cannot clip the several updates of a rollout; "
@@ -285,6 +293,8 @@ class PPOModule(LanguageModule):
         self.reward = self._load_reward()
         if self.advantage == "gae":
             self.critic = self._new_critic(self.reward)
+        if isinstance(self.critic, Critic) and is_checkpointed(self.policy):
+            checkpoint_blocks(self.critic)
         train_adapter(self.policy)
         # Dropout would make the first ratio differ from 1.
         self.eval()
@@ -371,7 +381,7 @@ class PPOModule(LanguageModule):
 
     def score(self, rollout: Rollout) -> ScoredRollout:
         """Add log-probabilities, values and scores."""
-        with self._phase("scoring", rollout):
+        with self._phase("scoring", rollout), self._frozen_on_device():
             return score_rollout(
                 rollout,
                 policy=self.policy,
@@ -381,6 +391,11 @@ class PPOModule(LanguageModule):
                 temperature=self.temperature,
                 micro_batch_size=self.micro_batch_size,
             )
+
+    def _frozen_on_device(self) -> AbstractContextManager[None]:
+        """Return the block in which reference and reward models are read; with ``offload`` they leave after it."""
+        models = [part.reward_model for part in self._reward.models().values()]
+        return self._host_weights.on(self.device, [self.reference, *models]) if self.offload else nullcontext()
 
     def experience(self, scored: ScoredRollout, parts: dict[str, Tensor]) -> Experience:
         """Return rewards, advantages and returns of a scored rollout whose shaped score has these parts."""
@@ -437,15 +452,18 @@ class PPOModule(LanguageModule):
     def policy_losses(self, experience: Experience) -> dict[str, Tensor]:
         """Return the policy's quantities of each sampled token (B, R)."""
         tokens, attention_mask = experience.tokens, experience.attention_mask
-        length = experience.response_mask.shape[1]
-        logits = response_logits(self.policy, tokens, attention_mask, length=length)
-        logprobs = gather_logprobs(logits, tokens[:, -length:], temperature=self.temperature)
+        experience.response_mask.shape[1]
+        starts = experience.response_starts
+        predicted = response_predictions(self.policy, tokens, attention_mask, starts, experience.response_mask)
+        found, entropies = predicted.logprobs_and_entropy(
+            temperature=self.temperature, entropy_gradient=self.entropy_coef > 0
+        )
         # Outside of the mask nothing counts, and a ratio of 1 keeps it finite.
-        logprobs = logprobs.where(experience.response_mask, experience.old_logprobs)
+        logprobs = experience.old_logprobs.masked_scatter(experience.response_mask, found)
         ratio = probability_ratio(logprobs.detach(), experience.old_logprobs)
         quantities = {
             "policy_loss": self._policy_loss(logprobs, experience),
-            "entropy": entropy(logits if self.entropy_coef else logits.detach(), temperature=self.temperature),
+            "entropy": spread(entropies, experience.response_mask),
             "approx_kl": k2(logprobs.detach(), experience.old_logprobs),
             "ratio": ratio,
             "clip_fraction": is_clipped(ratio, 1.0, clip_range=self.clip_range),
@@ -458,8 +476,13 @@ class PPOModule(LanguageModule):
         """Return the critic's quantities of each state (B, R + 1), none where there is no critic."""
         if self.critic is None:
             return {}
-        length = experience.response_mask.shape[1]
-        values = response_values(self.critic, experience.tokens, experience.attention_mask, length=length)
+        values = response_values(
+            self.critic,
+            experience.tokens,
+            experience.attention_mask,
+            experience.response_starts,
+            length=experience.response_mask.shape[1],
+        )
         return {
             "value_loss": clipped_value_loss(
                 values, experience.old_values, experience.returns, value_clip_range=self.value_clip_range
@@ -543,7 +566,8 @@ class PPOModule(LanguageModule):
             if not are_whole:
                 log.warning("%s", NO_PREFLIGHT.format(self.gather_weights))
                 return
-            findings = check_ppo(self, batch)
+            with self._frozen_on_device():
+                findings = check_ppo(self, batch)
         if self.trainer.is_global_zero:
             for finding in of_status(findings, "warning"):
                 log.warning("preflight: %s", finding)
@@ -667,8 +691,7 @@ class PPOModule(LanguageModule):
         tokens = self.sum_over_ranks(batch.loss_mask.sum().float())
         losses: list[Tensor] = []
         for rows in torch.arange(len(batch), device=self.device).split(self.micro_batch_size):
-            logits, targets = predictions(self.policy, batch.rows(rows))
-            loss = cross_entropy(logits, targets, reduction="sum") / tokens
+            loss = -sft_predictions(self.policy, batch.rows(rows)).total_logprob() / tokens
             # The gradients travel between ranks with those of the minibatch's last part.
             with self._gradient_sync(False):
                 self.manual_backward(self.ptx_coef * loss * self.trainer.world_size)

@@ -9,6 +9,7 @@ from rlhf_lightning.errors import InputError, check_number, check_seed
 from rlhf_lightning.functional.schedules import Schedule
 from rlhf_lightning.modules.hardware import OptimizerName
 from rlhf_lightning.modules.sharding import Gathering
+from rlhf_lightning.networks import NetworkConfig
 from rlhf_lightning.rollout.experience import Baseline, Estimator, Placement
 from rlhf_lightning.rollout.shaping import MissingEOS, Normalization
 
@@ -145,6 +146,12 @@ def _check_together(settings: Mapping[str, Any]) -> None:
             "beta",
             settings["beta"],
             "must be above 0 with adaptive_kl_target, which multiplies it",
+        )
+    model = settings["model"]
+    if settings["offload"] and isinstance(model, NetworkConfig) and model.roles == "shared":
+        raise InputError(
+            "offload=True with network.roles=shared: reference and reward model are the policy's own weights, which "
+            "must stay; set module.offload=false"
         )
     if (settings["ptx_data"] is None) != (settings["ptx_coef"] == 0):
         raise InputError(

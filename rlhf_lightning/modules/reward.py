@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
 from rlhf_lightning.errors import InputError, check_number, check_seed
+from rlhf_lightning.functional.head_logprobs import head_logprobs
 from rlhf_lightning.functional.losses import pairwise_logistic_loss, ranked_pairs, ranking_loss
 from rlhf_lightning.functional.masking import last_index
 from rlhf_lightning.functional.schedules import Schedule
@@ -215,8 +215,7 @@ class RewardModule(LanguageModule):
         # The token at t is predicted from the state at t - 1.
         predicted = batch.response_mask[best, 1:]
         embeddings: Any = self.reward_model.get_input_embeddings()
-        logits = hidden[:, :-1][predicted] @ embeddings.weight.T
-        return -cross_entropy(logits.float(), batch.tokens[best, 1:][predicted], reduction="none")
+        return head_logprobs(hidden[:, :-1][predicted], embeddings.weight, None, batch.tokens[best, 1:][predicted])
 
     def validation_step(self, batch: ComparisonBatch, batch_idx: int) -> None:
         """Measure loss, accuracy (ties count half), mean margin and calibration error over all pairs."""

@@ -15,7 +15,7 @@ from rlhf_lightning.modules.language import (
     LanguageModule,
     adamw_with_schedule,
     check_optimization,
-    predictions,
+    sft_predictions,
 )
 from rlhf_lightning.networks import Model, load_policy, stop_token_ids
 from rlhf_lightning.types import SFTBatch
@@ -92,7 +92,8 @@ class SFTModule(LanguageModule):
 
     def forward(self, batch: SFTBatch) -> tuple[Tensor, Tensor]:
         """Return the logits (N, V) in float32 that predict the N tokens that count, and these tokens (N,)."""
-        return predictions(self.policy, batch)
+        predicted = sft_predictions(self.policy, batch)
+        return predicted.logits(), predicted.tokens
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """Return the loss in nats per token, weighted so that the processes' average is the mean over all tokens."""
@@ -104,8 +105,7 @@ class SFTModule(LanguageModule):
 
     def differentiated(self, batch: SFTBatch) -> Tensor:
         """Return the sum of the losses of all tokens that count: what the gradient is found of, but for a factor."""
-        logits, targets = self(batch)
-        return cross_entropy(logits, targets, reduction="sum")
+        return -sft_predictions(self.policy, batch).total_logprob()
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
         """Measure loss, perplexity and token accuracy over the tokens that count."""

@@ -11,6 +11,8 @@ from torch import nn
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks.adapters import Adapter, attach, check_same_shape, read_adapter, same_network
+from rlhf_lightning.networks.checkpointing import checkpoint_blocks
+from rlhf_lightning.networks.compiling import compile_body
 from rlhf_lightning.networks.lora import LoRA, add_adapter, merge_adapter
 from rlhf_lightning.networks.quantizing import (
     Quantization,
@@ -55,6 +57,10 @@ class NetworkConfig:
     """Train an adapter and freeze all else; None trains everything. A mapping of its settings will do."""
     quantization: Quantization = "none"
     """Bits of the frozen linear layers: "none", "int8" or "nf4"; trained with ``lora`` only."""
+    gradient_checkpointing: bool = False
+    """Make activations again in the backward instead of keeping them: less memory, a third more work."""
+    compile: bool = False
+    """Run the body compiled (`torch.compile`) where whole sequences are read; the first batch waits for that."""
     roles: Roles = "separate"
     """In PPO: four "separate" networks, or adapters on one "shared" backbone, which needs ``lora``."""
 
@@ -104,6 +110,10 @@ def load_policy(model: Model) -> "PreTrainedModel":
     _check_causal(policy, network)
     _fit_vocabulary(policy, load_tokenizer(model), network)
     _adapt(policy, network, adapter)
+    if network.gradient_checkpointing:
+        checkpoint_blocks(policy)
+    if network.compile:
+        compile_body(policy)
     if adapter is not None:
         _take_over_generation_config(policy, adapter)
     return cast("PreTrainedModel", policy)
@@ -149,6 +159,10 @@ def load_reward_model(
     if not head_is_there:
         init_scalar_head(head, generator, head_init=head_init)
     head.requires_grad_(True)
+    if network.gradient_checkpointing:
+        checkpoint_blocks(reward_model)
+    if network.compile:
+        compile_body(reward_model)
     return cast("PreTrainedModel", reward_model)
 
 

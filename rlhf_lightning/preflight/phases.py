@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from rlhf_lightning.functional.masking import position_ids
 from rlhf_lightning.networks.embeddings import embeddings_and_heads
+from rlhf_lightning.networks.predictions import plain_head
 from rlhf_lightning.networks.sharding import is_sharded
 from rlhf_lightning.preflight.allocations import PhaseMemory, allocated
 from rlhf_lightning.preflight.memory import ADAMW_STATES, Estimate, RoleMemory, role_memory
 from rlhf_lightning.rollout.draw import draw
+from rlhf_lightning.rollout.experience import MicroBatch
 from rlhf_lightning.rollout.in_slots import MOST_SLOTS, READ_AT_ONCE
 from rlhf_lightning.rollout.reward import ModelReward, Reward
 from rlhf_lightning.rollout.score import score_rows
@@ -174,8 +177,12 @@ def stepping(roles: Mapping[str, RoleMemory], device: torch.device, *, optimizer
 def _estimate(
     roles: Mapping[str, RoleMemory], networks: Iterable[nn.Module], work: Callable[[], dict[str, PhaseMemory]]
 ) -> Estimate:
+    networks = list(networks)
     if any(is_sharded(network) for network in networks):
         return Estimate(roles, {}, unknown="the weights lie in parts on several processes")
+    for network, takes_positions in product(networks, (False, True)):
+        # What the output layer is, is seen from numbers, once for each network.
+        plain_head(network, takes_positions=takes_positions)
     try:
         return Estimate(roles, work())
     except RuntimeError as error:
@@ -248,14 +255,19 @@ def scoring_memory(
 ) -> PhaseMemory:
     """Return what it takes to read so many rows of prompt and response by policy, reference and critic, or a reward."""
     vocabulary = vocabulary_of(run.policy)
-    tokens, mask = torch.zeros(rows, length, dtype=torch.long, device=device), _padded(rows, length, device)
+    mask = _padded(rows, length, device)
+    part = MicroBatch(
+        rows=torch.arange(rows, device=device),
+        tokens=torch.zeros(rows, length, dtype=torch.long, device=device),
+        attention_mask=mask,
+        response_starts=torch.full((rows,), length - new, device=device),
+        response_mask=mask[:, -new:],
+    )
 
     @torch.no_grad()
     def score() -> None:
         score_rows(
-            tokens,
-            mask,
-            mask[:, -new:],
+            part,
             policy=run.policy,
             reference=run.reference,
             critic=run.critic,
@@ -309,6 +321,7 @@ def blank_experience(device: torch.device, *, rows: int, length: int, new: int) 
     return Experience(
         tokens=torch.zeros(rows, length, dtype=torch.long, device=device),
         attention_mask=mask,
+        response_starts=torch.full((rows,), length - new, device=device),
         response_mask=mask[:, -new:],
         value_mask=torch.ones_like(states, dtype=torch.bool),
         old_logprobs=tokens,

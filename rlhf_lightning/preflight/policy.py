@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.functional.logprobs import gather_logprobs
 from rlhf_lightning.functional.masking import masked_sum
 from rlhf_lightning.functional.rewards import value_mask
 from rlhf_lightning.preflight.findings import Finding, Status
 from rlhf_lightning.preflight.probe import Probe
 from rlhf_lightning.rollout.experience import micro_batches, trimmed_micro_batches
-from rlhf_lightning.rollout.score import response_logits, response_values
+from rlhf_lightning.rollout.score import response_predictions, response_values, spread
 from rlhf_lightning.types import Experience, Rollout, ScoredRollout
 
 PAD_COLUMNS = 5
@@ -42,11 +41,10 @@ def read_logprobs(
 ) -> Tensor:
     """Return the log-probabilities (B, R) of the responses, 0 after their ends, with pad columns on the left."""
     found = torch.zeros(rollout.response_mask.shape, dtype=_stored(network), device=rollout.tokens.device)
-    for rows, tokens, mask, response_mask in _padded(rollout, micro_batch_size, pad_columns):
+    for rows, tokens, mask, starts, response_mask in _padded(rollout, micro_batch_size, pad_columns):
         length = response_mask.shape[1]
-        logits = response_logits(network, tokens, mask, length=length)
-        logprobs = gather_logprobs(logits, tokens[:, -length:], temperature=temperature)
-        found[rows, :length] = logprobs.masked_fill(~response_mask, 0.0)
+        predicted = response_predictions(network, tokens, mask, starts, response_mask)
+        found[rows, :length] = spread(predicted.logprobs(temperature=temperature), response_mask)
     return found
 
 
@@ -54,9 +52,9 @@ def read_values(critic: nn.Module, rollout: Rollout, *, micro_batch_size: int, p
     """Return the values (B, R + 1) of the states before and after the response tokens, 0 after their ends."""
     sequences, longest = rollout.response_mask.shape
     found = torch.zeros(sequences, longest + 1, dtype=_stored(critic), device=rollout.tokens.device)
-    for rows, tokens, mask, response_mask in _padded(rollout, micro_batch_size, pad_columns):
+    for rows, tokens, mask, starts, response_mask in _padded(rollout, micro_batch_size, pad_columns):
         length = response_mask.shape[1]
-        values = response_values(critic, tokens, mask, length=length)
+        values = response_values(critic, tokens, mask, starts, length=length)
         states = value_mask(response_mask, after_end=True)
         found[rows, : length + 1] = values.masked_fill(~states, 0.0)
     return found
@@ -236,6 +234,7 @@ def first_experience(scored: ScoredRollout) -> Experience:
     return Experience(
         tokens=scored.tokens,
         attention_mask=scored.attention_mask,
+        response_starts=scored.response_starts,
         response_mask=scored.response_mask,
         value_mask=value_mask(scored.response_mask, after_end=True),
         old_logprobs=scored.logprobs,
@@ -262,8 +261,8 @@ def _alike(one: Tensor, other: Tensor, network: nn.Module) -> bool:
 
 
 def _padded(rollout: Rollout, micro_batch_size: int, columns: int) -> Iterator[Any]:
-    for rows, tokens, mask, response_mask in micro_batches(rollout, micro_batch_size=micro_batch_size):
+    for part in micro_batches(rollout, micro_batch_size=micro_batch_size):
         # Any id will do: what is masked must not count.
-        padding = (columns, 0)
-        padded = nn.functional.pad(tokens, padding, value=0), nn.functional.pad(mask, padding, value=False)
-        yield rows, *padded, response_mask
+        tokens = nn.functional.pad(part.tokens, (columns, 0), value=0)
+        mask = nn.functional.pad(part.attention_mask, (columns, 0), value=False)
+        yield part.rows, tokens, mask, part.response_starts + columns, part.response_mask

@@ -72,6 +72,7 @@ def estimate_advantages(
     return Experience(
         tokens=scored.tokens,
         attention_mask=scored.attention_mask,
+        response_starts=scored.response_starts,
         response_mask=learned_tokens,
         value_mask=states & learned,
         old_logprobs=scored.logprobs,
@@ -114,7 +115,7 @@ def minibatches(experience: Experience, *, minibatch_size: int, generator: torch
 
 
 class Sequences(Protocol):
-    """Anything with prompts and responses in one tensor."""
+    """Anything with prompts, padded on the left, and behind them responses, padded on the right, in one tensor."""
 
     @property
     def tokens(self) -> Tensor:
@@ -129,31 +130,51 @@ class Sequences(Protocol):
         """(B, R) bool."""
 
 
-def micro_batches(
-    sequences: Sequences, *, micro_batch_size: int
-) -> Iterator[tuple[Int[Tensor, " M"], Int[Tensor, "M T"], Bool[Tensor, "M T"], Bool[Tensor, "M R"]]]:
-    """Yield rows, tokens, attention and response mask of sequences of about equal length, shared padding cut off."""
-    prompt_width = sequences.tokens.shape[1] - sequences.response_mask.shape[1]
-    by_length = sequences.attention_mask.sum(dim=1).argsort(stable=True)
-    for rows in by_length.split(micro_batch_size):
-        attention_mask, response_mask = sequences.attention_mask[rows], sequences.response_mask[rows]
-        left = int(attention_mask.any(dim=0).nonzero()[0])
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some of the sequences, each from its first real token on: rows are padded at their ends alone."""
+
+    rows: Int[Tensor, " M"]
+    """Which of the sequences they are."""
+    tokens: Int[Tensor, "M T"]
+    """Ids; on padding any."""
+    attention_mask: Bool[Tensor, "M T"]
+    response_starts: Int[Tensor, " M"]
+    """Where in its row a response begins."""
+    response_mask: Bool[Tensor, "M R"]
+
+
+def micro_batches(sequences: Sequences, *, micro_batch_size: int) -> Iterator[MicroBatch]:
+    """Yield the sequences in parts of about equal length, as wide as the longest."""
+    total = sequences.tokens.shape[1]
+    prompt_width = total - sequences.response_mask.shape[1]
+    prompts, lengths = sequences.attention_mask[:, :prompt_width].sum(dim=1), sequences.attention_mask.sum(dim=1)
+    for rows in lengths.argsort(stable=True).split(micro_batch_size):
+        own = lengths[rows].unsqueeze(1)
+        place = torch.arange(int(own.max()), device=rows.device)
+        columns = place + (prompt_width - prompts[rows]).unsqueeze(1)
         # Not that of the response mask, which may leave a response out.
-        length = int(attention_mask[:, prompt_width:].sum(dim=1).max())
-        columns = slice(left, prompt_width + length)
-        yield rows, sequences.tokens[rows, columns], attention_mask[:, columns], response_mask[:, :length]
+        longest = int((lengths - prompts)[rows].max())
+        yield MicroBatch(
+            rows,
+            sequences.tokens[rows].gather(1, columns.clamp(max=total - 1)),
+            place < own,
+            prompts[rows],
+            sequences.response_mask[rows, :longest],
+        )
 
 
 def trimmed_micro_batches(experience: Experience, *, micro_batch_size: int) -> Iterator[Experience]:
     """Yield the experience in micro-batches as `micro_batches` does, with all that belongs to their tokens."""
-    for rows, tokens, attention_mask, response_mask in micro_batches(experience, micro_batch_size=micro_batch_size):
-        part = experience.rows(rows)
-        length = response_mask.shape[1]
+    for micro_batch in micro_batches(experience, micro_batch_size=micro_batch_size):
+        part = experience.rows(micro_batch.rows)
+        length = micro_batch.response_mask.shape[1]
         yield replace(
             part,
-            tokens=tokens,
-            attention_mask=attention_mask,
-            response_mask=response_mask,
+            tokens=micro_batch.tokens,
+            attention_mask=micro_batch.attention_mask,
+            response_starts=micro_batch.response_starts,
+            response_mask=micro_batch.response_mask,
             value_mask=part.value_mask[:, : length + 1],
             old_logprobs=part.old_logprobs[:, :length],
             ref_logprobs=part.ref_logprobs[:, :length],

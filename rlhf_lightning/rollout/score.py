@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rlhf_lightning.functional.logprobs import gather_logprobs
 from rlhf_lightning.functional.masking import position_ids
 from rlhf_lightning.functional.rewards import value_mask
-from rlhf_lightning.rollout.experience import micro_batches
+from rlhf_lightning.networks.predictions import Predictions, predictions
+from rlhf_lightning.rollout.experience import MicroBatch, micro_batches
 from rlhf_lightning.rollout.reward import Reward
 from rlhf_lightning.types import Rollout, ScoredRollout
 
@@ -30,15 +30,48 @@ def response_logits(
     return logits[:, :-1]
 
 
-def response_values(
-    critic: nn.Module, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], *, length: int
-) -> Float[Tensor, "B R+1"]:
-    """Return the values of the states before each of the last ``length`` tokens, and after the last.
+def response_predictions(
+    policy: nn.Module,
+    tokens: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
+    response_starts: Int[Tensor, " B"],
+    response_mask: Bool[Tensor, "B R"],
+) -> Predictions:
+    """Return what predicts the response tokens that count, row by row; `spread` puts what is found to its place."""
+    place = torch.arange(tokens.shape[1], device=tokens.device) - response_starts.unsqueeze(1)
+    longest = response_mask.shape[1]
+    counted = response_mask.gather(1, place.clamp(0, longest - 1)) & (place >= 0) & (place < longest)
+    return predictions(
+        policy,
+        tokens,
+        attention_mask,
+        counted,
+        position_ids=position_ids(attention_mask),
+        longest=tokens.shape[1] - int(response_starts.min()),
+    )
 
-    The value of the state before the token at t is read at t - 1.
+
+def spread(found: Float[Tensor, " N"], response_mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+    """Return one number for each true place of the mask, row by row, at these places, and 0 at all others."""
+    return found.new_zeros(response_mask.shape).masked_scatter(response_mask, found)
+
+
+def response_values(
+    critic: nn.Module,
+    tokens: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
+    response_starts: Int[Tensor, " B"],
+    *,
+    length: int,
+) -> Float[Tensor, "B R+1"]:
+    """Return the values of the states before each of ``length`` tokens of the responses, and after the last.
+
+    The value of the state before the token at t is read at t - 1. Behind the end of a row that of its last column is
+    repeated.
     """
     values: Tensor = critic(tokens, attention_mask)
-    return values[:, -length - 1 :]
+    states = torch.arange(length + 1, device=tokens.device) + response_starts.unsqueeze(1) - 1
+    return values.gather(1, states.clamp(max=tokens.shape[1] - 1))
 
 
 @torch.no_grad()
@@ -62,20 +95,12 @@ def score_rollout(
     dtype = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
     logprobs, ref_logprobs = (torch.zeros(sequences, longest, dtype=dtype, device=device) for _ in range(2))
     values = torch.zeros(sequences, longest + 1, dtype=dtype, device=device)
-    for rows, tokens, attention_mask, response_mask in micro_batches(rollout, micro_batch_size=micro_batch_size):
-        length = response_mask.shape[1]
-        found = score_rows(
-            tokens,
-            attention_mask,
-            response_mask,
-            policy=policy,
-            reference=reference,
-            critic=critic,
-            temperature=temperature,
-        )
-        logprobs[rows, :length], ref_logprobs[rows, :length] = found[:2]
+    for part in micro_batches(rollout, micro_batch_size=micro_batch_size):
+        length = part.response_mask.shape[1]
+        found = score_rows(part, policy=policy, reference=reference, critic=critic, temperature=temperature)
+        logprobs[part.rows, :length], ref_logprobs[part.rows, :length] = found[:2]
         if critic is not None:
-            values[rows, : length + 1] = found[2]
+            values[part.rows, : length + 1] = found[2]
     scores = reward.scores(rollout)
     return ScoredRollout(
         **{each.name: getattr(rollout, each.name) for each in fields(Rollout)},
@@ -88,27 +113,23 @@ def score_rollout(
 
 
 def score_rows(
-    tokens: Int[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B T"],
-    response_mask: Bool[Tensor, "B R"],
-    *,
-    policy: nn.Module,
-    reference: nn.Module,
-    critic: nn.Module | None,
-    temperature: float,
+    part: MicroBatch, *, policy: nn.Module, reference: nn.Module, critic: nn.Module | None, temperature: float
 ) -> list[Tensor]:
     """Return log-probabilities of policy and reference (B, R), and the critic's values (B, R + 1) where there is one.
 
     They are 0 where nothing counts. One network's logits are held at a time.
     """
-    length = response_mask.shape[1]
-    responses = tokens[:, -length:]
-    found: list[Tensor] = []
-    for network in (policy, reference):
-        logits = response_logits(network, tokens, attention_mask, length=length)
-        found.append(gather_logprobs(logits, responses, temperature=temperature).masked_fill(~response_mask, 0.0))
-        del logits
+    mask, starts = part.response_mask, part.response_starts
+    found = [
+        spread(
+            response_predictions(network, part.tokens, part.attention_mask, starts, mask).logprobs(
+                temperature=temperature
+            ),
+            mask,
+        )
+        for network in (policy, reference)
+    ]
     if critic is not None:
-        states = value_mask(response_mask, after_end=True)
-        found.append(response_values(critic, tokens, attention_mask, length=length).masked_fill(~states, 0.0))
+        values = response_values(critic, part.tokens, part.attention_mask, starts, length=mask.shape[1])
+        found.append(values.masked_fill(~value_mask(mask, after_end=True), 0.0))
     return found

@@ -6,7 +6,7 @@ from collections.abc import Generator
 import pytest
 from jaxtyping import install_import_hook
 
-FILES = ("precision", "masking", "logprobs", "kl", "rewards", "advantages", "losses", "schedules")
+FILES = ("precision", "masking", "logprobs", "head_logprobs", "kl", "rewards", "advantages", "losses", "schedules")
 
 # Beartype with the numeric tower: an int is a float, as for a type checker.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"

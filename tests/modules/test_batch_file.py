@@ -15,6 +15,7 @@ def test_records_come_back_as_they_were_in_their_order(tmp_path: Path) -> None:
     experience = Experience(
         tokens=torch.tensor([[5, 6]]),
         attention_mask=mask,
+        response_starts=torch.tensor([1]),
         response_mask=mask,
         value_mask=mask,
         # Two fields may share their memory, and a field may be a view.

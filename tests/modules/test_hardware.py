@@ -61,6 +61,7 @@ def test_lightnings_own_quantisation_is_refused_with_ours(tiny_model: Path, trai
     [
         ({"quantization": "int8", "lora": LoRA()}, r"network\.quantization: ModelParallelStrategy"),
         ({"roles": "shared", "lora": LoRA()}, r"network\.roles=shared: ModelParallelStrategy"),
+        ({"compile": True}, r"network\.compile: ModelParallelStrategy"),
     ],
 )
 def test_shards_are_refused_for_what_cannot_be_cut(
@@ -74,3 +75,12 @@ def test_shards_are_refused_for_what_cannot_be_cut(
             max_epochs=1,
             strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1),
         )
+
+
+def test_weights_in_shards_are_not_moved_to_the_host(
+    tiny_model: Path, fit: Callable[..., Any], prompts: PromptBatch
+) -> None:
+    module = PPOModule(str(tiny_model), reward=len, offload=True)
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    with pytest.raises(InputError, match=r"offload=True\): ModelParallelStrategy moves weights itself"):
+        fit(module, [prompts], max_epochs=1, strategy=strategy)

@@ -16,6 +16,7 @@ from rlhf_lightning.modules.ppo_checks import (
     check_settings,
     without_effect,
 )
+from rlhf_lightning.networks import LoRA, NetworkConfig
 
 DEFAULTS = {name: p.default for name, p in inspect.signature(PPOModule).parameters.items()}
 NAN = float("nan")
@@ -62,6 +63,10 @@ CONTRADICTIONS: list[tuple[Settings, str]] = [
         "ppo_epochs=2 must be 1 with advantage=reinforce: without clipping a rollout can be used once",
     ),
     ({"beta": 0.0, "adaptive_kl_target": 6.0}, "beta=0.0 must be above 0 with adaptive_kl_target, which multiplies it"),
+    (
+        {"offload": True, "model": NetworkConfig("any", lora=LoRA(), roles="shared")},
+        "offload=True with network.roles=shared: reference and reward model are the policy's own weights",
+    ),
     ({"ptx_coef": 0.5}, "ptx_coef=0.5 and ptx_data=None belong together"),
     ({"ptx_data": "texts"}, "ptx_coef=0.0 and ptx_data=texts belong together"),
 ]
@@ -129,6 +134,7 @@ def test_every_number_of_the_constructor_is_looked_at() -> None:
         "ptx_data",
         "seed",
         "max_bad_updates",
+        "offload",
         "preflight",
     }
     assert set(DEFAULTS) - others == looked_at
@@ -137,7 +143,7 @@ def test_every_number_of_the_constructor_is_looked_at() -> None:
 @pytest.mark.parametrize(("settings", "message"), [OUT_OF_RANGE[0], *CONTRADICTIONS])
 def test_settings_are_looked_at_before_anything_is_loaded(settings: Settings, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        PPOModule("no/such/folder", reward="no/such/reward", **settings)
+        PPOModule(**{"model": "no/such/folder", "reward": "no/such/reward", **settings})
 
 
 IDLE: list[tuple[Settings, Settings, str]] = [

@@ -1,6 +1,6 @@
 from collections.abc import Callable
-from functools import partial
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import pytest

@@ -153,7 +153,7 @@ def test_micro_batches_hold_the_whole_of_what_is_left_out_of_the_loss(scored: Sc
     for part in trimmed_micro_batches(found, micro_batch_size=size):
         assert part.response_mask.shape[1] >= 1
         assert part.value_mask.shape[1] == part.response_mask.shape[1] + 1
-        lengths += part.attention_mask[:, -part.response_mask.shape[1] :].sum(dim=1).tolist()
+        lengths += (part.attention_mask.sum(dim=1) - part.response_starts).tolist()
     assert sorted(lengths) == sorted(LENGTHS)
 
 
@@ -192,23 +192,24 @@ def test_micro_batches_yield_every_row_once_and_cut_only_padding(
 ) -> None:
     sequences = rollout(PROMPTS, RESPONSES, left=left, right=right)
     seen = []
-    for rows, tokens, attention_mask, response_mask in micro_batches(sequences, micro_batch_size=size):
-        assert len(rows) <= size
+    for part in micro_batches(sequences, micro_batch_size=size):
+        assert len(part.rows) <= size
         # Nothing can be cut any more.
-        assert attention_mask[:, 0].any()
-        assert response_mask[:, -1].any()
-        assert torch.equal(attention_mask[:, -response_mask.shape[1] :], response_mask)
-        for i, row in enumerate(rows.tolist()):
+        assert part.attention_mask[:, 0].all()
+        assert part.attention_mask[:, -1].any()
+        assert part.response_mask[:, -1].any()
+        for i, row in enumerate(part.rows.tolist()):
             seen.append(row)
-            assert tokens[i][attention_mask[i]].tolist() == PROMPTS[row] + RESPONSES[row]
-            length = response_mask.shape[1]
-            assert tokens[i, -length:][response_mask[i]].tolist() == RESPONSES[row]
+            assert part.tokens[i][part.attention_mask[i]].tolist() == PROMPTS[row] + RESPONSES[row]
+            assert part.response_starts[i] == len(PROMPTS[row])
+            assert part.response_mask[i].sum() == len(RESPONSES[row])
     assert sorted(seen) == [0, 1, 2, 3, 4]
 
 
 def test_micro_batches_hold_sequences_of_about_equal_length(rollout: Callable[..., Rollout]) -> None:
     found = [
-        mask.sum(dim=1).tolist() for _, _, mask, _ in micro_batches(rollout(PROMPTS, RESPONSES), micro_batch_size=2)
+        part.attention_mask.sum(dim=1).tolist()
+        for part in micro_batches(rollout(PROMPTS, RESPONSES), micro_batch_size=2)
     ]
     expected = sorted(len(p) + len(r) for p, r in zip(PROMPTS, RESPONSES, strict=True))
     assert [length for part in found for length in part] == expected

@@ -53,11 +53,11 @@ def test_a_value_reads_the_state_before_its_token() -> None:
         def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
             return torch.arange(tokens.shape[1]).float().expand(tokens.shape)
 
-    tokens = torch.ones(1, 7, dtype=torch.long)
-    found = response_values(PositionCritic(), tokens, tokens.bool(), length=3)
-    # The response stands at 4, 5, 6.
+    tokens = torch.ones(2, 7, dtype=torch.long)
+    found = response_values(PositionCritic(), tokens, tokens.bool(), torch.tensor([4, 2]), length=3)
+    # The responses stand at 4, 5, 6 and at 2, 3, 4.
     # The last value is that of the state after it.
-    assert found.tolist() == [[3.0, 4.0, 5.0, 6.0]]
+    assert found.tolist() == [[3.0, 4.0, 5.0, 6.0], [1.0, 2.0, 3.0, 4.0]]
 
 
 def test_everything_outside_of_the_response_mask_is_0(

@@ -1,0 +1,164 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
+
+from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
+from rlhf_lightning.functional.masking import position_ids
+from rlhf_lightning.networks.predictions import plain_head, predictions
+
+TOKENS = torch.tensor([[5, 9, 7, 30, 2, 11], [8, 4, 3, 6, 0, 0], [40, 41, 42, 1, 0, 0]])
+MASK = TOKENS != 0
+COUNTED = torch.tensor([[0, 0, 1, 0, 1, 1], [0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0]]).bool()
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+
+
+def gemma(**settings: Any) -> Any:
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, **settings)).eval()
+
+
+def cohere() -> Any:
+    torch.manual_seed(0)
+    return CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)).eval()
+
+
+def whole(network: Any, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """From all logits, position by position."""
+    logits = network(input_ids=TOKENS, attention_mask=MASK.long(), use_cache=False).logits
+    kept = COUNTED[:, 1:]
+    logprobs = gather_logprobs(logits[:, :-1], TOKENS[:, 1:], temperature=temperature)
+    return logprobs[kept], entropy(logits[:, :-1], temperature=temperature)[kept]
+
+
+def gradients(network: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    network.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(
+    params=["llama", "tied llama", "gpt2", "gemma with a cap", "cohere with a scale", "adapter in the head"]
+)
+def network(request: pytest.FixtureRequest, policy: Callable[..., Any]) -> Any:
+    kind = request.param
+    if kind == "adapter in the head":
+        model = policy()
+        return inject_adapter_in_model(LoraConfig(target_modules=["lm_head", "q_proj"], init_lora_weights=False), model)
+    made = {"gemma with a cap": lambda: gemma(final_logit_softcapping=3.0), "cohere with a scale": cohere}
+    return made[kind]() if kind in made else policy(kind.split()[-1], tie_word_embeddings="tied" in kind)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_all_is_as_from_the_logits_of_the_whole_network(network: Any, positions: bool) -> None:
+    expected, expected_entropy = whole(network, 0.7)
+    expected_gradients = gradients(network, (expected * torch.arange(1, 8)).sum() + expected_entropy.sum())
+    ids = position_ids(MASK) if positions else None
+    predicted = predictions(network, TOKENS, MASK, COUNTED, position_ids=ids, longest=5 if positions else None)
+    assert torch.equal(predicted.tokens, TOKENS[COUNTED])
+    logprobs, entropies = predicted.logprobs_and_entropy(temperature=0.7)
+    torch.testing.assert_close(logprobs, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropies, expected_entropy, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(predicted.logprobs(temperature=0.7), logprobs)
+    torch.testing.assert_close(predicted.total_logprob(), whole(network, 1.0)[0].sum(), rtol=1e-4, atol=1e-5)
+    found = gradients(network, (logprobs * torch.arange(1, 8)).sum() + entropies.sum())
+    assert found.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_logits_are_those_that_predict_the_counted_tokens(network: Any) -> None:
+    found = predictions(network, TOKENS, MASK, COUNTED).logits()
+    expected = network(input_ids=TOKENS, attention_mask=MASK.long()).logits[:, :-1][COUNTED[:, 1:]]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_plain_layer_is_found_and_all_others_are_not(policy: Callable[..., Any]) -> None:
+    for plain in (policy(), policy("gpt2"), policy(tie_word_embeddings=True), gemma(final_logit_softcapping=None)):
+        assert plain_head(plain) is plain.lm_head
+    for other in (gemma(final_logit_softcapping=3.0), gemma(final_logit_softcapping=1e4), cohere()):
+        assert plain_head(other) is None
+
+
+class IgnoresPositions(LlamaForCausalLM):
+    def forward(self, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_a_network_that_changes_what_its_body_reads_is_not_plain(policy: Callable[..., Any]) -> None:
+    network = IgnoresPositions(policy().config)
+    assert plain_head(network, takes_positions=True) is None
+    assert plain_head(network, takes_positions=False) is network.lm_head
+
+
+@pytest.mark.parametrize("part", ["", "lm_head"])
+def test_who_waits_for_a_call_gets_it(part: str, policy: Callable[..., Any]) -> None:
+    network, calls = policy(), []
+    assert plain_head(network) is not None
+    hook = network.get_submodule(part).register_forward_hook(lambda *_: calls.append(1))
+    predictions(network, TOKENS, MASK, COUNTED)
+    assert calls == [1]
+    hook.remove()
+    assert plain_head(network) is not None
+
+
+def test_a_network_that_is_no_transformer_of_the_library_is_called_as_it_is(policy: Callable[..., Any]) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = policy()
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.inner(**inputs)
+
+    network = Wrapped()
+    found = predictions(network, TOKENS, MASK, COUNTED)
+    assert found.states is None
+    torch.testing.assert_close(found.logprobs(), predictions(network.inner, TOKENS, MASK, COUNTED).logprobs())
+
+
+def test_the_look_at_a_network_is_taken_once_and_draws_no_noise(policy: Callable[..., Any]) -> None:
+    network, calls = policy("gpt2", resid_pdrop=0.5).train(), []
+    network.base_model.register_forward_hook(lambda *_: calls.append(1))
+    before = torch.get_rng_state()
+    assert plain_head(network) is plain_head(network) is network.lm_head
+    assert torch.equal(torch.get_rng_state(), before)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_vocabulary_is_computed_at_counted_tokens_only(kind: str, policy: Callable[..., Any]) -> None:
+    network = policy(kind)
+    plain_head(network, takes_positions=False)
+
+    def flops(counted: torch.Tensor) -> int:
+        with FlopCounterMode(display=False) as counter:
+            predictions(network, TOKENS, MASK, counted).total_logprob().backward()
+        return counter.get_total_flops()
+
+    nothing, one = torch.zeros_like(COUNTED), torch.zeros_like(COUNTED)
+    one[0, 2] = True
+    none = flops(nothing)
+    assert flops(COUNTED) - none == COUNTED.sum() * (flops(one) - none) > 0
+
+
+def test_entropies_bring_a_gradient_where_it_is_wanted(network: Any) -> None:
+    predicted = predictions(network, TOKENS, MASK, COUNTED)
+    assert predicted.logprobs_and_entropy()[1].requires_grad
+    logprobs, entropies = predicted.logprobs_and_entropy(entropy_gradient=False)
+    assert logprobs.requires_grad
+    assert not entropies.requires_grad
