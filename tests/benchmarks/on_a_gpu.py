@@ -52,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128_256,
     },
 }
-"""Of Qwen2.5-0.5B and -1.5B, and of Llama-3.1-8B."""
+"""Of Qwen2.5-0.5B and -1.5B, and of Llama-3.1-8B; all as Llamas, without biases."""
 
 
 def main() -> None:
@@ -247,17 +247,17 @@ def step_seconds(module: Any, batches: list[Any], arguments: argparse.Namespace)
 
 def build(arguments: argparse.Namespace) -> Any:
     """Return a network of the size with random weights."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
-    config = Qwen2Config(**SHAPES[arguments.size], **special, max_position_embeddings=4096)
+    config = LlamaConfig(**SHAPES[arguments.size], **special, max_position_embeddings=4096)
     dtype = torch.bfloat16 if arguments.precision == "bf16-true" else torch.float32
     with torch.device(arguments.device):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            return Qwen2ForCausalLM(config).eval()
+            return LlamaForCausalLM(config).eval()
         finally:
             torch.set_default_dtype(before)
 
