@@ -2,16 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from rlhf_lightning.networks.sharding import blocks
+
+CACHE = "past_key_values"
+"""How the blocks of `transformers` call their cache."""
 
 _compiled: dict[type[nn.Module], Any] = {}
 _caches: "WeakKeyDictionary[Any, Cache]" = WeakKeyDictionary()
@@ -26,6 +30,7 @@ def can_be_compiled(policy: nn.Module) -> bool:
         and policy._can_compile_fullgraph
         and bool(blocks(policy))
         and all(len(_numbered(block)) == 1 for block in blocks(policy))
+        and all(CACHE in signature(type(block).forward).parameters for block in blocks(policy))
         and all(type(layer) is nn.Linear for layer in linear)
     )
 
@@ -52,15 +57,17 @@ class _Compiled:
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         (self.attention,) = _numbered(block)
+        self.signature = signature(type(block).forward)
         self.forward = _compiled.setdefault(type(block), torch.compile(type(block).forward))
 
-    def __call__(self, hidden_states: Tensor, *arguments: Any, past_key_values: Cache, **settings: Any) -> Any:
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        given = self.signature.bind(self.block, *arguments, **settings)
         number = self.attention.layer_idx
-        layer: Any = past_key_values.layers[number]
-        cache = _caches.setdefault(layer, Cache(layers=[layer]))
+        layer: Any = given.arguments[CACHE].layers[number]
+        given.arguments[CACHE] = _caches.setdefault(layer, Cache(layers=[layer]))
         self.attention.layer_idx = 0
         try:
-            return self.forward(self.block, hidden_states, *arguments, past_key_values=cache, **settings)
+            return self.forward(*given.args, **given.kwargs)
         finally:
             self.attention.layer_idx = number
 

@@ -11,6 +11,7 @@ from rlhf_lightning.networks import predictions as output_layer
 from rlhf_lightning.types import PromptBatch, SFTBatch
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),

@@ -11,6 +11,9 @@ from rlhf_lightning.rollout.generate import sample_tokens
 from rlhf_lightning.rollout.recording import OneByOne, Recorder, recorder_of
 from rlhf_lightning.types import PromptBatch
 
+# Of the compiler, about float32 on GPUs that could do with less.
+pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 MANY = [[5, 9, 7, 30, 2], [8, 4], [40, 41, 42], [77], [60, 61, 62, 63], [9, 9, 9], [12, 13], [8, 4], [91, 33, 21, 7]]
 
