@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.rollout.draw import draw
 
 ONE_TOKEN = "one_token"
@@ -114,7 +115,13 @@ def attend_from_one_token(
         )
     rows, heads, _, size = query.shape
     packed = query.reshape(rows, key.shape[1], heads // key.shape[1], size).to(key)
-    attended = scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
+    if query.device.type == "cpu":
+        # Its fused kernel takes up to twice as long for one token.
+        scores = packed @ key.transpose(2, 3) * (size**-0.5 if scaling is None else scaling)
+        scores = scores if attention_mask is None else scores + attention_mask
+        attended = torch.softmax(scores, dim=-1, dtype=at_least_float32(scores[:0]).dtype).to(value) @ value
+    else:
+        attended = scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
     return attended.reshape(rows, 1, heads, value.shape[3]), None
 
 
@@ -175,7 +182,7 @@ class Slots:
     ) -> bool:
         """Return whether a rollout of this kind has room in these slots."""
         shapes = [(ours.all_keys.dtype, ours.all_keys.shape[1], ours.all_keys.shape[3]) for ours in self.layers] == [
-            (layer.keys.dtype, layer.keys.shape[1], layer.keys.shape[3]) for layer in like.layers
+            (kept_in(layer.keys), layer.keys.shape[1], layer.keys.shape[3]) for layer in like.layers
         ]
         return (
             shapes

@@ -48,7 +48,7 @@ def sample_stepwise(
             use_cache=True,
             logits_to_keep=1,
         )
-        if cache is None and "past_key_values" not in output:
+        if cache is None and "past_key_values" not in vars(output):
             raise InputError(
                 f"{type(network).__name__} keeps no past_key_values, which sampling goes on from: "
                 "network.pretrained must name a network with attention, such as GPT-2 or Llama"

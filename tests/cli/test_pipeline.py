@@ -178,7 +178,7 @@ def test_the_exported_policy_generates_as_ours_with_transformers_alone(finished:
         temperature=0,
         stop_tokens=torch.tensor([tokenizer.eos_token_id]),
         generator=torch.Generator(),
-    )
+    ).tokens
     assert decode(tokenizer, ours, torch.ones_like(ours, dtype=torch.bool)) == [theirs[0]["generated_text"]]
     assert ours.shape[1] > 1
 

@@ -219,7 +219,7 @@ def test_the_sampled_ids_reach_the_loss_where_the_tokenizer_would_write_their_te
         temperature=1.0,
         stop_tokens=torch.tensor([1]),
         generator=noise,
-    ).tolist()
+    ).tokens.tolist()
     responses = [row[: row.index(1) + 1] if 1 in row else row for row in sampled]
     written = [tokenizer(tokenizer.decode(ids)).input_ids for ids in responses]
     assert sum(one != other for one, other in zip(written, responses, strict=True)) >= 3

@@ -110,7 +110,8 @@ def test_a_minibatch_of_ppo_says_what_of_it_is_not_finite(
     fit(make(), [prompts], max_steps=1, callbacks=[replayed])
     assert replayed.lines[1].startswith("not finite in the batch: Experience.old_values, Experience.advantages")
     assert replayed.lines[2].startswith("not finite among the weights: critic.")
-    assert replayed.lines[3] == "loss: nan"
+    # Of the policy, whose advantages are not finite, and of the critic.
+    assert replayed.lines[3] == "loss: nan, nan"
     assert "first output that is not finite: critic." in replayed.lines[4]
 
 

@@ -1,16 +1,12 @@
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed
-from torch.distributed.device_mesh import init_device_mesh
-from transformers import MambaConfig, MambaForCausalLM
+from torch import Tensor
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.logprobs import gather_logprobs
-from rlhf_lightning.networks.sharding import gathered, shard
 from rlhf_lightning.rollout.generate import generate, sample_tokens
 from rlhf_lightning.rollout.score import response_logits
 from rlhf_lightning.types import PromptBatch, Rollout
@@ -252,63 +248,6 @@ def test_the_likeliest_tokens_are_certain(
     assert (respond(policy(kind), prompts(), tokenizer, NEVER, temperature=0.0).sampler_logprobs == 0).all()
 
 
-MANY = [[5, 9, 7, 30, 2], [8, 4], [40, 41, 42], [77], [60, 61, 62, 63], [9, 9, 9], [12, 13], [8, 4], [91, 33, 21, 7]]
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_prompts_that_wait_for_a_slot_get_the_response_that_they_would_get_at_once(
-    kind: str,
-    temperature: float,
-    policy: Callable[..., Any],
-    prompts: Callable[..., PromptBatch],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    network, batch = policy(kind), prompts(MANY, pads=2)
-    stops = seen_in(sample(network, batch, NEVER, temperature=temperature), 6)
-    expected = sample(network, batch, stops, temperature=temperature)
-    lengths = [next((i for i, t in enumerate(row) if t in stops), 99) for row in expected.tolist()]
-    assert len(set(lengths)) > 3
-    for slots, at_once in ((1, 4096), (2, 4096), (4, 5), (5, 1)):
-        monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", slots)
-        monkeypatch.setattr("rlhf_lightning.rollout.in_slots.READ_AT_ONCE", at_once)
-        assert torch.equal(sample(network, batch, stops, temperature=temperature), expected)
-
-
-def test_no_more_rows_than_there_are_slots_run_at_once(
-    policy: Callable[..., Any], prompts: Callable[..., PromptBatch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network, calls = policy(), []
-    monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", 4)
-    network.register_forward_pre_hook(lambda _, __, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
-    sample(network, prompts(MANY), NEVER)
-    # Three readings of prompts, each followed by eleven steps: 4, 4 and 1 of the nine.
-    assert calls == [*[4] * 12, *[4] * 12, *[1] * 12]
-
-
-def test_neighbouring_rows_with_one_prompt_share_its_reading(
-    policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
-) -> None:
-    network, calls = policy(), []
-    rows = [[8, 4], [8, 4], [8, 4], [40, 41, 42], [40, 41, 42], [4]]
-    apart = sample(network, prompts(rows), NEVER)
-    network.register_forward_pre_hook(lambda _, __, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
-    assert torch.equal(sample(network, prompts(rows), NEVER), apart)
-    assert calls == [3] + [6] * 11
-    assert len(apart[:3].unique(dim=0)) == 3
-
-
-def test_the_noise_of_a_row_is_its_own(policy: Callable[..., Any], prompts: Callable[..., PromptBatch]) -> None:
-    """What others sample, and whether they have ended, cannot change a response."""
-    network = policy()
-    together = sample(network, prompts(MANY), NEVER)
-    stops = seen_in(together, 4)
-    stopped = sample(network, prompts(MANY), stops)
-    for free, row in zip(together.tolist(), stopped.tolist(), strict=True):
-        end = next((i for i, token in enumerate(free) if token in stops), len(row) - 1)
-        assert row[: end + 1] == free[: end + 1]
-
-
 def test_logits_that_are_not_finite_are_an_input_error(
     policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
 ) -> None:
@@ -329,41 +268,3 @@ def test_sampling_leaves_the_mode_and_the_settings_of_the_network(
     assert (network.training, network.config.use_cache) == before
     assert not tokens.requires_grad
     assert all(p.grad is None for p in network.parameters())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("whole", [False, True])
-def test_processes_with_parts_of_the_policy_sample_as_alone_however_long_the_others_take(
-    kind: str,
-    whole: bool,
-    policy: Callable[..., Any],
-    prompts: Callable[..., PromptBatch],
-    tokenizer: Any,
-    processes: Callable[..., list[Any]],
-) -> None:
-    batch = prompts(pads=2)
-    free = sample(policy(kind), batch, NEVER)
-    # One process ends in its first step, the other runs to the end.
-    stops = {0: free[:, 0].unique().tolist(), 1: NEVER}
-
-    def work(rank: int) -> tuple[Tensor, int]:
-        distributed.init_process_group("gloo")
-        network = policy(kind)
-        shard(network, init_device_mesh("cpu", (2,)))
-        calls: list[int] = []
-        with gathered(network) if whole else nullcontext():
-            network.register_forward_pre_hook(lambda *_: calls.append(1))
-            found = sample(network, batch, stops[rank])
-        return found, len(calls)
-
-    ranks = processes(2, work)
-    for rank, (found, calls) in enumerate(ranks):
-        assert torch.equal(found, sample(policy(kind), batch, stops[rank]))
-        assert calls == (12 if rank == 1 or not whole else 1)
-    assert [found.shape[1] for found, _ in ranks] == [1, 12]
-
-
-def test_a_network_without_a_cache_of_keys_and_values_is_refused(prompts: Callable[..., PromptBatch]) -> None:
-    network = MambaForCausalLM(MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=258))
-    with pytest.raises(InputError, match=r"MambaForCausalLM keeps no past_key_values.*network\.pretrained"):
-        sample(network, prompts(), NEVER)

@@ -1,0 +1,82 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_lightning.rollout.generate import sample_tokens
+from rlhf_lightning.types import PromptBatch
+
+MANY = [[5, 9, 7, 30, 2], [8, 4], [40, 41, 42], [77], [60, 61, 62, 63], [9, 9, 9], [12, 13], [8, 4], [91, 33, 21, 7]]
+NEVER: list[int] = []
+
+
+def sample(policy: Any, batch: PromptBatch, stops: list[int], **settings: Any) -> Tensor:
+    return sample_tokens(
+        policy,
+        batch.prompt_tokens,
+        batch.prompt_mask,
+        stop_tokens=torch.tensor(stops, dtype=torch.long),
+        generator=torch.Generator().manual_seed(0),
+        **{"max_new_tokens": 12, "temperature": 1.0, **settings},
+    ).tokens
+
+
+def seen_in(tokens: Tensor, count: int) -> list[int]:
+    """Tokens that appear in the middle of a response: stopping at them ends rows at different places."""
+    return tokens[:, 2:9].flatten().unique()[:count].tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_prompts_that_wait_for_a_slot_get_the_response_that_they_would_get_at_once(
+    kind: str,
+    temperature: float,
+    policy: Callable[..., Any],
+    prompts: Callable[..., PromptBatch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network, batch = policy(kind), prompts(MANY, pads=2)
+    stops = seen_in(sample(network, batch, NEVER, temperature=temperature), 6)
+    expected = sample(network, batch, stops, temperature=temperature)
+    lengths = [next((i for i, t in enumerate(row) if t in stops), 99) for row in expected.tolist()]
+    assert len(set(lengths)) > 3
+    for slots, at_once in ((1, 4096), (2, 4096), (4, 5), (5, 1)):
+        monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", slots)
+        monkeypatch.setattr("rlhf_lightning.rollout.in_slots.READ_AT_ONCE", at_once)
+        assert torch.equal(sample(network, batch, stops, temperature=temperature), expected)
+
+
+def test_no_more_rows_than_there_are_slots_run_at_once(
+    policy: Callable[..., Any], prompts: Callable[..., PromptBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, calls = policy(), []
+    monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", 4)
+    network.register_forward_pre_hook(lambda _, __, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
+    sample(network, prompts(MANY), NEVER)
+    # Three readings of prompts, each followed by eleven steps: 4, 4 and 1 of the nine.
+    assert calls == [*[4] * 12, *[4] * 12, *[1] * 12]
+
+
+def test_neighbouring_rows_with_one_prompt_share_its_reading(
+    policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+) -> None:
+    network, calls = policy(), []
+    rows = [[8, 4], [8, 4], [8, 4], [40, 41, 42], [40, 41, 42], [4]]
+    apart = sample(network, prompts(rows), NEVER)
+    network.register_forward_pre_hook(lambda _, __, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
+    assert torch.equal(sample(network, prompts(rows), NEVER), apart)
+    assert calls == [3] + [6] * 11
+    assert len(apart[:3].unique(dim=0)) == 3
+
+
+def test_the_noise_of_a_row_is_its_own(policy: Callable[..., Any], prompts: Callable[..., PromptBatch]) -> None:
+    """What others sample, and whether they have ended, cannot change a response."""
+    network = policy()
+    together = sample(network, prompts(MANY), NEVER)
+    stops = seen_in(together, 4)
+    stopped = sample(network, prompts(MANY), stops)
+    for free, row in zip(together.tolist(), stopped.tolist(), strict=True):
+        end = next((i for i, token in enumerate(free) if token in stops), len(row) - 1)
+        assert row[: end + 1] == free[: end + 1]

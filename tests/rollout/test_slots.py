@@ -1,0 +1,100 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.rollout.slots import (
+    Places,
+    SlotLayer,
+    Slots,
+    attend_from_one_token,
+    has_plain_cache,
+    one_token_attention,
+)
+
+
+def filled(rows: int, length: int) -> Any:
+    cache = DynamicCache()
+    generator = torch.Generator().manual_seed(0)
+    cache.update(*(torch.randn(rows, 2, length, 4, generator=generator) for _ in range(2)), 0)
+    return cache
+
+
+def test_a_slot_sees_its_own_token_and_all_before() -> None:
+    places = Places(torch.tensor([0, 2, 9]), 2, 4)
+    assert (places.mask(torch.float32) == 0)[:, 0, 0].tolist() == [
+        [True, False, False, False],
+        [True, True, True, False],
+    ]
+
+
+def test_prompts_are_written_from_the_first_place_on_and_new_states_to_their_own() -> None:
+    cache = filled(2, 3)
+    (layer,) = cache.layers
+    slots = SlotLayer(layer, slots=4, capacity=6)
+    # Row 0 is padded by a column; both prompts go to slots 3 and 1, the second one to slot 0 as well.
+    order = torch.tensor([[1, 2, 0], [0, 1, 2]])
+    slots.fill(torch.tensor([3, 1, 0]), layer, torch.tensor([0, 1, 1]), order)
+    assert torch.equal(slots.all_keys[3, :, :2], layer.keys[0, :, 1:])
+    assert torch.equal(slots.all_keys[1, :, :3], layer.keys[1])
+    assert torch.equal(slots.all_values[0, :, :3], layer.values[1])
+    slots.places = Places(torch.tensor([3, 3, 0, 2]), 4, 5)
+    new = torch.full((4, 2, 1, 4), 7.0)
+    keys, _ = slots.update(new, new)
+    assert keys.shape == (4, 2, 5, 4)
+    assert [(keys[slot, 0, :, 0] == 7).nonzero().flatten().tolist() for slot in range(4)] == [[3], [3], [0], [2]]
+    slots.move(torch.tensor([1, 3]))
+    assert torch.equal(slots.all_keys[1, :, :2], layer.keys[0, :, 1:])
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_attention_from_one_token_is_that_of_transformers(heads: int) -> None:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    query, (key, value) = torch.randn(3, heads, 1, 4), (torch.randn(3, 2, 5, 4) for _ in range(2))
+    module: Any = torch.nn.Module()
+    module.num_key_value_groups = heads // 2
+    mask = Places(torch.tensor([0, 2, 4]), 3, 5).mask(torch.float32)
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    found, _ = attend_from_one_token(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_cap_on_attention_is_refused() -> None:
+    states = torch.zeros(1, 1, 1, 2)
+    with pytest.raises(InputError, match="softcap=30"):
+        attend_from_one_token(torch.nn.Module(), states, states, states, None, softcap=30.0)
+
+
+def test_networks_that_forget_have_no_plain_cache(policy: Callable[..., Any]) -> None:
+    assert has_plain_cache(policy("llama"))
+    assert has_plain_cache(policy("gpt2"))
+    assert not has_plain_cache(policy("mistral"))
+    assert not has_plain_cache(torch.nn.Linear(2, 2))
+
+
+def test_the_way_to_attend_is_put_back_also_after_a_failure(policy: Callable[..., Any]) -> None:
+    network = policy()
+    before = network.config._attn_implementation
+    with one_token_attention(network):
+        assert network.config._attn_implementation != before
+    with pytest.raises(ZeroDivisionError), one_token_attention(network):
+        raise ZeroDivisionError
+    assert network.config._attn_implementation == before
+
+
+def test_slots_fit_a_rollout_of_their_own_kind() -> None:
+    cache = filled(2, 3)
+    sizes: dict[str, Any] = {"count": 4, "longest": 5, "temperature": 1.0, "stop_tokens": torch.tensor([1])}
+    slots = Slots(cache, capacity=8, **sizes)
+    assert slots.fit(cache, capacity=8, **sizes)
+    assert slots.fit(cache, capacity=6, **sizes)
+    assert not slots.fit(cache, capacity=9, **sizes)
+    for other in ({"count": 3}, {"longest": 4}, {"temperature": 0.5}, {"stop_tokens": torch.tensor([1, 2])}):
+        assert not slots.fit(cache, capacity=8, **{**sizes, **other})
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not slots.fit(cache, capacity=8, **sizes)
+    assert slots.cache_bytes == 2 * 4 * 2 * 8 * 4 * 4
