@@ -12,7 +12,7 @@ from rlhf_lightning.rollout.draw import require_finite
 from rlhf_lightning.rollout.recording import recorder_of
 from rlhf_lightning.rollout.slots import Slots
 
-MOST_SLOTS = 256
+MOST_SLOTS = 512
 """Responses that run at once; more wait until others have ended."""
 
 READ_AT_ONCE = 4096

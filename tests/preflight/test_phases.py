@@ -102,7 +102,6 @@ def test_fine_tuning_takes_what_was_estimated(
     module = SFTModule(LlamaForCausalLM(config), tokenizer=tokenizer, optimizer=optimizer)
     module.trainer = trainer = quiet(accumulate_grad_batches=accumulate)
     estimate = supervised_memory(module, batch)
-    assert estimate.work["updating"].logits > 0
     assert estimate.peak == pytest.approx(measured(module, batch, trainer), rel=OFF)
 
 
