@@ -452,9 +452,9 @@ class PPOModule(LanguageModule):
     def policy_losses(self, experience: Experience) -> dict[str, Tensor]:
         """Return the policy's quantities of each sampled token (B, R)."""
         tokens, attention_mask = experience.tokens, experience.attention_mask
-        experience.response_mask.shape[1]
-        starts = experience.response_starts
-        predicted = response_predictions(self.policy, tokens, attention_mask, starts, experience.response_mask)
+        predicted = response_predictions(
+            self.policy, tokens, attention_mask, experience.response_starts, experience.response_mask
+        )
         found, entropies = predicted.logprobs_and_entropy(
             temperature=self.temperature, entropy_gradient=self.entropy_coef > 0
         )

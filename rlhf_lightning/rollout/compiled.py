@@ -4,13 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from rlhf_lightning.networks.sharding import blocks
 
@@ -18,7 +16,6 @@ CACHE = "past_key_values"
 """How the blocks of `transformers` call their cache."""
 
 _compiled: dict[type[nn.Module], Any] = {}
-_caches: "WeakKeyDictionary[Any, Cache]" = WeakKeyDictionary()
 
 
 def can_be_compiled(policy: nn.Module) -> bool:
@@ -63,8 +60,7 @@ class _Compiled:
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
         given = self.signature.bind(self.block, *arguments, **settings)
         number = self.attention.layer_idx
-        layer: Any = given.arguments[CACHE].layers[number]
-        given.arguments[CACHE] = _caches.setdefault(layer, Cache(layers=[layer]))
+        given.arguments[CACHE] = given.arguments[CACHE].alone[number]
         self.attention.layer_idx = 0
         try:
             return self.forward(*given.args, **given.kwargs)

@@ -148,6 +148,15 @@ def one_token_attention(network: nn.Module) -> Iterator[None]:
         config._attn_implementation = before
 
 
+class SlotCache(Cache):
+    """All layers, and each of them as a cache of its own."""
+
+    def __init__(self, layers: list[SlotLayer]) -> None:
+        """Take the layers."""
+        super().__init__(layers=[*layers])
+        self.alone = [Cache(layers=[layer]) for layer in layers]
+
+
 class Slots:
     """What is sampled at once: for each slot its cache, its newest token, its noise, and what was drawn so far.
 
@@ -162,7 +171,7 @@ class Slots:
         device = stop_tokens.device
         self.temperature, self.stop_tokens, self.longest, self.capacity = temperature, stop_tokens, longest, capacity
         self.layers = [SlotLayer(layer, slots=count, capacity=capacity) for layer in like.layers]
-        self.cache = Cache(layers=[*self.layers])
+        self.cache = SlotCache(self.layers)
         self.tokens = torch.zeros(count, dtype=torch.long, device=device)
         self.positions, self.drawn = torch.zeros_like(self.tokens), torch.zeros_like(self.tokens)
         self.running = torch.zeros_like(self.tokens, dtype=torch.bool)

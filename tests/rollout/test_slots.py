@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -98,3 +99,12 @@ def test_slots_fit_a_rollout_of_their_own_kind() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert not slots.fit(cache, capacity=8, **sizes)
     assert slots.cache_bytes == 2 * 4 * 2 * 8 * 4 * 4
+
+
+def test_a_cache_that_nobody_uses_is_gone_at_once() -> None:
+    """Its layers are known by their own numbers to compiled blocks, and by nobody else."""
+    slots = Slots(filled(1, 3), count=1, capacity=4, longest=1, temperature=1.0, stop_tokens=torch.tensor([1]))
+    assert [alone.layers[0] for alone in slots.cache.alone] == slots.layers
+    layer = ref(slots.layers[0])
+    del slots
+    assert layer() is None
