@@ -132,6 +132,7 @@ def answers_of(
         temperature=settings["temperature"],
         seed=settings["seed"],
         reward=load_reward(settings["reward"], tokenizer).to(policy.device) if metric == "reward" else None,
+        sampler=settings["sampler"],
     )
 
 

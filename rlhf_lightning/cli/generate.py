@@ -15,7 +15,7 @@ from rlhf_lightning.jsonl import write_rows
 if TYPE_CHECKING:
     from rlhf_lightning.data.reading import Row
 
-SAMPLING_KEYS = ["max_new_tokens", "temperature", "batch_size", "prompt_template", "device"]
+SAMPLING_KEYS = ["max_new_tokens", "temperature", "sampler", "batch_size", "prompt_template", "device"]
 ROOT_KEYS = ["seed", "data_root", "output_dir", "network", "out", "prompt", "data", *SAMPLING_KEYS]
 
 
@@ -45,6 +45,8 @@ def check_sampling(settings: Config) -> None:
     temperature = settings["temperature"]
     if not isinstance(temperature, int | float) or temperature < 0:
         raise InputError(f"temperature={temperature} must be a number, 0 or more")
+    if settings["sampler"] not in ("builtin", "transformers"):
+        raise InputError(f"sampler={settings['sampler']} must be builtin or transformers")
 
 
 def device_of(settings: Config) -> str:
@@ -100,4 +102,5 @@ def _responses(settings: Config, rows: "list[Row]") -> list[str]:
         max_new_tokens=settings["max_new_tokens"],
         temperature=settings["temperature"],
         seed=settings["seed"],
+        sampler=settings["sampler"],
     ).responses

@@ -327,7 +327,7 @@ class Pipeline:
     def _sampling(self) -> Config:
         """Return how responses are sampled outside of training: as PPO samples them."""
         ppo = self.settings["module"]["ppo"]
-        return {"max_new_tokens": ppo["max_new_tokens"], "temperature": ppo["temperature"]}
+        return {key: ppo[key] for key in ("max_new_tokens", "temperature", "sampler")}
 
     def _files(self, stage: str) -> list[Path]:
         """Return the files that a stage reads: those of its data, and those of reward functions."""

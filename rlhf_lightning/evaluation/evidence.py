@@ -12,6 +12,7 @@ from rlhf_lightning.evaluation.reward_card import RewardCard, reward_card
 from rlhf_lightning.functional.losses import ranked_pairs
 from rlhf_lightning.modules import RewardModule
 from rlhf_lightning.networks import NetworkConfig, load_policy, load_reward_model, load_tokenizer, max_positions
+from rlhf_lightning.rollout.generate import Sampler
 from rlhf_lightning.rollout.reward import Reward, load_reward
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, RewardFunction
 
@@ -36,6 +37,7 @@ def gather_answers(
     seed: int,
     reference: str = "sft",
     device: torch.device | str = "cpu",
+    sampler: Sampler = "builtin",
 ) -> dict[str, Any]:
     """Return prompts, demonstrations, and each policy's responses with the scores of reward and judge.
 
@@ -59,6 +61,7 @@ def gather_answers(
             seed=seed,
             reward=scorer,
             reference=reference_policy,
+            sampler=sampler,
         )
         found["responses"][name] = answers.responses
         found["scores"][name] = answers.scores

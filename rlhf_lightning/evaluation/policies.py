@@ -12,7 +12,7 @@ from rlhf_lightning.functional.masking import masked_sum
 from rlhf_lightning.modules import SFTModule
 from rlhf_lightning.networks import stop_token_ids
 from rlhf_lightning.rollout.experience import micro_batches
-from rlhf_lightning.rollout.generate import generate
+from rlhf_lightning.rollout.generate import Sampler, generate
 from rlhf_lightning.rollout.reward import Reward
 from rlhf_lightning.rollout.score import response_predictions, spread
 from rlhf_lightning.types import PromptBatch, Rollout, SFTBatch
@@ -45,6 +45,7 @@ def answer(
     seed: int,
     reward: Reward | None = None,
     reference: nn.Module | None = None,
+    sampler: Sampler = "builtin",
 ) -> Answers:
     """Sample one response for each prompt; score them with ``reward`` and measure the KL to ``reference`` if given."""
     device = next(policy.parameters()).device
@@ -59,6 +60,7 @@ def answer(
             temperature=temperature,
             stop_tokens=stop_token_ids(policy, tokenizer),
             generator=generator,
+            sampler=sampler,
         )
         for batch in batches
     ]

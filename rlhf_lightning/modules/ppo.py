@@ -61,7 +61,7 @@ from rlhf_lightning.rollout.experience import (
     minibatches,
     trimmed_micro_batches,
 )
-from rlhf_lightning.rollout.generate import generate
+from rlhf_lightning.rollout.generate import Sampler, generate
 from rlhf_lightning.rollout.metrics import critic_metrics, rollout_metrics
 from rlhf_lightning.rollout.reward import Reward, RewardSetting, load_reward
 from rlhf_lightning.rollout.score import response_predictions, response_values, score_rollout, spread
@@ -149,6 +149,7 @@ class PPOModule(LanguageModule):
         max_bad_updates: int = 3,
         max_new_tokens: int = 64,
         temperature: float = 1.0,
+        sampler: Sampler = "builtin",
         top_p: float = 1.0,
         seed: int = 0,
         gather_weights: Gathering = "auto",
@@ -210,6 +211,7 @@ class PPOModule(LanguageModule):
         self.optimizer = optimizer
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self.sampler: Sampler = sampler
         self.seed = seed
         self.gather_weights = gather_weights
         self.offload = offload
@@ -372,6 +374,7 @@ class PPOModule(LanguageModule):
                 temperature=self.temperature,
                 stop_tokens=self.stop_token_ids,
                 generator=seeded_generator(self.seed, self.global_rank, draw, device=self.device),
+                sampler=self.sampler,
             )
 
     def _weights_for_sampling(self, batch: PromptBatch) -> AbstractContextManager[bool]:

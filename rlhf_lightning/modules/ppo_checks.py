@@ -11,6 +11,7 @@ from rlhf_lightning.modules.hardware import OptimizerName
 from rlhf_lightning.modules.sharding import Gathering
 from rlhf_lightning.networks import NetworkConfig
 from rlhf_lightning.rollout.experience import Baseline, Estimator, Placement
+from rlhf_lightning.rollout.generate import Sampler
 from rlhf_lightning.rollout.shaping import MissingEOS, Normalization
 
 CriticKind = Literal["separate", "shared_trunk"]
@@ -46,6 +47,7 @@ CHOICES = {
     "missing_eos": get_args(MissingEOS),
     "normalize_scores": get_args(Normalization),
     "optimizer": get_args(OptimizerName),
+    "sampler": get_args(Sampler),
     "score_placement": get_args(Placement),
 }
 MAY_BE_INFINITE = ("max_grad_norm", "clip_range", "value_clip_range")

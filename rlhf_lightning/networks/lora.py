@@ -1,5 +1,6 @@
 """Low-rank adapters (Hu et al. 2021) inside of a network's linear layers, by `peft`: added, taken off, merged."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -180,6 +181,9 @@ def _fan_in_fan_out(network: nn.Module, targets: Sequence[str]) -> bool:
 
 def adapted_layers(network: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """Yield each layer with an adapter, its parent, and its name there."""
+    if "peft" not in sys.modules:
+        # Its import takes seconds, and without it there is no such layer.
+        return
     from peft.tuners.lora import LoraLayer
 
     for parent in network.modules():

@@ -17,6 +17,7 @@ from rlhf_lightning.preflight.allocations import PhaseMemory, allocated
 from rlhf_lightning.preflight.memory import ADAMW_STATES, Estimate, RoleMemory, role_memory
 from rlhf_lightning.rollout.draw import draw
 from rlhf_lightning.rollout.experience import MicroBatch
+from rlhf_lightning.rollout.generate import Sampler
 from rlhf_lightning.rollout.in_slots import MOST_SLOTS, READ_AT_ONCE
 from rlhf_lightning.rollout.reward import ModelReward, Reward
 from rlhf_lightning.rollout.score import score_rows
@@ -62,6 +63,7 @@ class PPONetworks(Protocol):
     micro_batch_size: int
     max_new_tokens: int
     temperature: float
+    sampler: Sampler
     ptx_coef: float
 
 
@@ -112,6 +114,7 @@ def ppo_memory(run: PPONetworks, device: torch.device, *, sequences: int, prompt
                 prompt=prompt_length,
                 new=new,
                 temperature=run.temperature,
+                sampler=run.sampler,
             ),
             "scoring": scoring_memory(
                 run, models, device, rows=min(run.micro_batch_size, sequences), length=length, new=new
@@ -198,12 +201,24 @@ def vocabulary_of(network: nn.Module) -> int:
 
 
 def sampling_memory(
-    policy: nn.Module, device: torch.device, *, sequences: int, prompt: int, new: int, temperature: float
+    policy: nn.Module,
+    device: torch.device,
+    *,
+    sequences: int,
+    prompt: int,
+    new: int,
+    temperature: float,
+    sampler: Sampler = "builtin",
 ) -> PhaseMemory:
-    """Return what it takes to read so many prompts, to make room for the new tokens, and to sample the last of them."""
+    """Return what it takes to read so many prompts, to make room for the new tokens, and to sample the last of them.
+
+    Where the network makes the cache itself, which grows with each token, it is the first two tokens' work alone.
+    """
     network: Any = policy
+    in_slots = sampler == "builtin" and has_plain_cache(policy)
     count = min(sequences, MOST_SLOTS)
-    rows = torch.arange(min(count, max(1, READ_AT_ONCE // prompt)), device=device)
+    at_once = min(count, max(1, READ_AT_ONCE // prompt)) if in_slots else sequences
+    rows = torch.arange(at_once, device=device)
     mask = _padded(len(rows), prompt, device)
     tokens = torch.zeros(len(rows), prompt, dtype=torch.long, device=device)
     cache_size = 0
@@ -225,7 +240,7 @@ def sampling_memory(
         nonlocal cache_size
         with stand_ins(policy):
             cache, logits = read(tokens, mask, position_ids(mask), None)
-            if not has_plain_cache(policy):
+            if not in_slots:
                 noise = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
                 draw(logits, noise, temperature=temperature)
                 read(tokens[:, :1], torch.cat([mask, mask[:, :1]], dim=1), mask.sum(dim=1, keepdim=True), cache)

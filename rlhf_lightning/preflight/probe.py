@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.rollout.generate import generate
+from rlhf_lightning.rollout.generate import Sampler, generate
 from rlhf_lightning.types import PromptBatch, SampledRollout
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def sample_probe(
     max_new_tokens: int,
     temperature: float,
     stop_tokens: list[int],
+    sampler: Sampler = "builtin",
 ) -> Probe:
     """Sample at most `TOKENS` tokens after `ROWS` prompts from all over the batch, with noise of its own.
 
@@ -51,6 +52,7 @@ def sample_probe(
         temperature=temperature,
         stop_tokens=stop_tokens,
         generator=torch.Generator(device=batch.prompt_tokens.device).manual_seed(0),
+        sampler=sampler,
     )
     seconds = time.perf_counter() - start
     return Probe(rollout, seconds)

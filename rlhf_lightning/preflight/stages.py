@@ -206,6 +206,7 @@ def _check_networks(run: PPORun, batch: PromptBatch) -> Iterator[Finding]:
         max_new_tokens=run.max_new_tokens,
         temperature=run.temperature,
         stop_tokens=run.stop_token_ids,
+        sampler=run.sampler,
     )
     models = run.reward.models()
     for name, model in models.items():

@@ -1,7 +1,7 @@
 """The middle of PPO, in order: generate a response, score it, and make experience of it."""
 
 from rlhf_lightning.rollout.experience import estimate_advantages, micro_batches, minibatches
-from rlhf_lightning.rollout.generate import generate, sample_tokens
+from rlhf_lightning.rollout.generate import Sampler, generate, sample_tokens
 from rlhf_lightning.rollout.reward import (
     Ensemble,
     FunctionReward,
@@ -18,6 +18,7 @@ __all__ = [
     "FunctionReward",
     "ModelReward",
     "Reward",
+    "Sampler",
     "Scores",
     "WeightedSum",
     "estimate_advantages",

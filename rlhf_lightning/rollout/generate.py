@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.functional.masking import through_first
 from rlhf_lightning.networks.sharding import is_sharded, waits_for_others
+from rlhf_lightning.rollout.by_transformers import sample_by_transformers
 from rlhf_lightning.rollout.draw import noise
 from rlhf_lightning.rollout.in_slots import sample_in_slots
 from rlhf_lightning.rollout.slots import has_plain_cache
@@ -19,6 +20,9 @@ from rlhf_lightning.types import PromptBatch, SampledRollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Sampler = Literal["builtin", "transformers"]
+"""The loops of this package, or `generate` of `transformers`."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ def generate(
     temperature: float,
     stop_tokens: list[int],
     generator: torch.Generator,
+    sampler: Sampler = "builtin",
 ) -> SampledRollout:
     """Sample one response for each prompt.
 
@@ -55,6 +60,7 @@ def generate(
         temperature=temperature,
         stop_tokens=stops,
         generator=generator,
+        sampler=sampler,
     )
     response_mask = through_first(sampled.tokens, stops)
     response_tokens = sampled.tokens.masked_fill(~response_mask, _pad_token_id(tokenizer))
@@ -80,19 +86,25 @@ def sample_tokens(
     temperature: float,
     stop_tokens: Int[Tensor, " S"],
     generator: torch.Generator,
+    sampler: Sampler = "builtin",
 ) -> Sampled:
     """Sample until every row has a stop token or ``max_new_tokens`` are reached, so R may be smaller than that.
 
-    Temperature 0 takes the most likely token. The tokens of a row depend on the generator and on its place in the
-    batch, not on the other rows. Networks whose cache holds anything else than keys and values of all tokens, and those
-    whose weights lie in parts on several processes, are sampled from step by step with the cache that they make.
+    Temperature 0 takes the most likely token. With the built-in sampler the tokens of a row depend on the generator and
+    on its place in the batch, not on the other rows. It samples from networks whose cache holds anything else than keys
+    and values of all tokens, and from those whose weights lie in parts on several processes, step by step with the
+    cache that they make; `sample_by_transformers` from all that `transformers` can generate with.
     """
-    uniform = noise(len(prompt_tokens), max_new_tokens, generator)
-    plain = has_plain_cache(policy) and not waits_for_others(policy)
+    settings: dict[str, Any] = {"temperature": temperature, "stop_tokens": stop_tokens}
     with nullcontext() if is_sharded(policy) else stand_ins(policy, keep=prompt_tokens.device.type == "cuda"):
-        tokens, logprobs = (sample_in_slots if plain else sample_stepwise)(
-            policy, prompt_tokens, prompt_mask, uniform, temperature=temperature, stop_tokens=stop_tokens
-        )
+        if sampler == "transformers":
+            settings |= {"max_new_tokens": max_new_tokens, "generator": generator}
+            tokens, logprobs = sample_by_transformers(policy, prompt_tokens, prompt_mask, **settings)
+        else:
+            uniform = noise(len(prompt_tokens), max_new_tokens, generator)
+            plain = has_plain_cache(policy) and not waits_for_others(policy)
+            sample = sample_in_slots if plain else sample_stepwise
+            tokens, logprobs = sample(policy, prompt_tokens, prompt_mask, uniform, **settings)
     # Up to the end of the longest response, and each ended one filled up.
     ended = torch.isin(tokens, stop_tokens)
     lengths = through_first(tokens, stop_tokens).sum(dim=1)

@@ -51,7 +51,7 @@ def sample_stepwise(
         if cache is None and "past_key_values" not in vars(output):
             raise InputError(
                 f"{type(network).__name__} keeps no past_key_values, which sampling goes on from: "
-                "network.pretrained must name a network with attention, such as GPT-2 or Llama"
+                "set sampler=transformers (module.sampler), or name a network with attention, such as GPT-2 or Llama"
             )
         cache = output.past_key_values
         logits = output.logits[:, -1]

@@ -38,6 +38,14 @@ def test_rows_of_a_file_keep_their_order_and_their_columns(tiny_model: Path) -> 
     assert rows("other.jsonl") != rows("sampled.jsonl")
 
 
+def test_both_samplers_find_the_same_likeliest_responses(tiny_model: Path) -> None:
+    Path("rows.jsonl").write_text('{"prompt": "one"}\n{"prompt": "another"}\n', encoding="utf-8")
+    arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", "max_new_tokens=8", "temperature=0"]
+    for sampler in ("builtin", "transformers"):
+        assert run_verb("generate", [*arguments, f"sampler={sampler}", f"out={sampler}.jsonl"]) == 0
+    assert rows("builtin.jsonl") == rows("transformers.jsonl")
+
+
 @pytest.mark.parametrize("prompt", ["2024", "3.5", "true", "Say, please"])
 def test_prompt_is_a_text_whatever_it_looks_like(prompt: str, tiny_model: Path) -> None:
     arguments = [f"network.pretrained={tiny_model}", f"prompt={prompt}", "out=out.jsonl", "max_new_tokens=1"]
@@ -52,6 +60,7 @@ def test_prompt_is_a_text_whatever_it_looks_like(prompt: str, tiny_model: Path) 
         (["prompt=a", "data.path=rows.jsonl"], "and not both"),
         (["prompt=a", "temperature=-1"], "temperature=-1"),
         (["prompt=a", "max_new_tokens=0"], "max_new_tokens=0"),
+        (["prompt=a", "sampler=vllm"], "sampler=vllm must be builtin or transformers"),
         (["data.path=nowhere.jsonl"], "data.path=nowhere.jsonl"),
         (["prompt=a", "max_new_tokens=1000"], "256 positions"),
         (["prompt=a", "device=cuda:99"], "device=cuda:99 cannot be used here"),

@@ -188,6 +188,21 @@ def test_the_rollout_depends_on_seed_and_step_alone(make: Callable[..., Watching
     assert not torch.equal(make(seed=1).generate(prompts, 1).tokens, first)
 
 
+def test_the_sampler_of_transformers_gives_rollouts_whose_first_ratio_is_1(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    module = make(sampler="transformers", ppo_epochs=1, minibatch_size=len(prompts), preflight=True)
+    logged = fit(module, [prompts], max_epochs=1)
+    sampled = module.scored_rollout
+    assert sampled is not None
+    assert logged["ppo/ratio"] == pytest.approx([1.0])
+    ours = make(ppo_epochs=1)
+    fit(ours, [prompts], max_epochs=1)
+    # Another loop draws other responses.
+    assert ours.scored_rollout is not None
+    assert ours.scored_rollout.responses != sampled.responses
+
+
 def merging_tokenizer() -> PreTrainedTokenizerFast:
     """Letters and all pairs of them: a text is written with as few pairs as there are, whatever it was read from."""
     pairs = [("a", "a"), ("a", "b"), ("b", "a"), ("b", "b")]
