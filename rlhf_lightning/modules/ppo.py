@@ -138,6 +138,7 @@ class PPOModule(LanguageModule):
         ppo_epochs: int = 4,
         minibatch_size: int = 32,
         micro_batch_size: int | Literal["auto"] = 8,
+        micro_batch_tokens: int | None = None,
         learning_rate: float = 3e-6,
         critic_learning_rate: float = 3e-6,
         lr_schedule: Schedule = "linear",
@@ -160,6 +161,7 @@ class PPOModule(LanguageModule):
 
         Sizes count sequences of one process: ``minibatch_size`` for each optimizer step, which must divide the rollout,
         and ``micro_batch_size`` for each forward, of which "auto" finds the largest that fits when training starts.
+        With ``micro_batch_tokens`` no forward of several sequences has more tokens than that, padding included.
         Raises `InputError` where a setting is out of its range or two contradict each other, before anything is loaded.
         """
         check_settings(locals())
@@ -201,6 +203,7 @@ class PPOModule(LanguageModule):
         self.minibatch_size = minibatch_size
         self.finds_micro_batch_size = micro_batch_size == "auto"
         self.micro_batch_size = min(UNTIL_FOUND, minibatch_size) if micro_batch_size == "auto" else micro_batch_size
+        self.micro_batch_tokens = micro_batch_tokens
         self.learning_rate = learning_rate
         self.critic_learning_rate = critic_learning_rate
         self.lr_schedule = lr_schedule
@@ -259,6 +262,11 @@ class PPOModule(LanguageModule):
             raise InputError(
                 f"micro_batch_size=auto tries a micro-batch on one process at a time, and under "
                 f"{type(trainer.strategy).__name__} each forward needs all processes; set a number"
+            )
+        if self.micro_batch_tokens is not None and shards_weights(trainer.strategy):
+            raise InputError(
+                f"micro_batch_tokens={self.micro_batch_tokens} makes more forwards on one process than on another, and "
+                f"under {type(trainer.strategy).__name__} each forward needs all processes; set micro_batch_size alone"
             )
         if self.offload and shards_weights(trainer.strategy):
             raise InputError(
@@ -393,6 +401,7 @@ class PPOModule(LanguageModule):
                 reward=self._reward,
                 temperature=self.temperature,
                 micro_batch_size=self.micro_batch_size,
+                micro_batch_tokens=self.micro_batch_tokens,
             )
 
     def _frozen_on_device(self) -> AbstractContextManager[None]:
@@ -643,7 +652,11 @@ class PPOModule(LanguageModule):
         tokens, states, sequences = counts.clamp(min=1.0).tolist()
         policy_scale = tokens / sequences if self.loss_mean == "sequences" else 1.0
         sums: dict[str, Tensor] = {}
-        parts = list(trimmed_micro_batches(minibatch, micro_batch_size=self.micro_batch_size))
+        parts = list(
+            trimmed_micro_batches(
+                minibatch, micro_batch_size=self.micro_batch_size, micro_batch_tokens=self.micro_batch_tokens
+            )
+        )
         passes = self.passes
         for part, losses in product(parts, passes):
             means = {

@@ -61,6 +61,11 @@ WHY = {
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise `InputError` where a setting is out of its range, or two contradict each other."""
+    if settings["micro_batch_size"] == "auto" and settings["micro_batch_tokens"] is not None:
+        raise InputError(
+            f"micro_batch_tokens={settings['micro_batch_tokens']} says what fits, and micro_batch_size=auto looks for "
+            "it; set one of them"
+        )
     if settings["micro_batch_size"] == "auto":
         # It will be a number that is found.
         settings = {**settings, "micro_batch_size": 1}
@@ -91,9 +96,9 @@ def without_effect(settings: Mapping[str, Any], constructor: Callable[..., Any])
 def _check_types(settings: Mapping[str, Any]) -> None:
     for name in (*NOT_NEGATIVE, *ABOVE_0, *AT_LEAST_1, "gamma", "lam", "lr_floor", "top_p"):
         check_number(name, settings[name], whole=name in (*AT_LEAST_1, "warmup_steps"))
-    for name in (*ABOVE_0_OR_OFF, "ema_decay"):
+    for name in (*ABOVE_0_OR_OFF, "ema_decay", "micro_batch_tokens"):
         if settings[name] is not None:
-            check_number(name, settings[name])
+            check_number(name, settings[name], whole=name == "micro_batch_tokens")
     check_seed("seed", settings["seed"])
 
 
@@ -115,6 +120,8 @@ def _check_ranges(settings: Mapping[str, Any]) -> None:
     for name in (*NOT_NEGATIVE, *ABOVE_0, *ABOVE_0_OR_OFF):
         finite = settings[name] is None or math.isfinite(settings[name])
         _require(finite or name in MAY_BE_INFINITE, name, settings[name], "must be finite")
+    tokens = settings["micro_batch_tokens"]
+    _require(tokens is None or tokens >= 1, "micro_batch_tokens", tokens, "must be at least 1, or None for no limit")
     ema = settings["ema_decay"]
     _require(ema is None or 0 < ema < 1, "ema_decay", ema, "must lie in (0, 1), or be None to turn it off")
     _require(

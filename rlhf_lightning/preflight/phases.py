@@ -61,6 +61,7 @@ class PPONetworks(Protocol):
 
     minibatch_size: int
     micro_batch_size: int
+    micro_batch_tokens: int | None
     max_new_tokens: int
     temperature: float
     sampler: Sampler
@@ -102,7 +103,8 @@ def ppo_memory(run: PPONetworks, device: torch.device, *, sequences: int, prompt
     roles = roles_memory(held, device, optimizer=run.optimizer)
     new = run.max_new_tokens
     length = prompt_length + new
-    rows = min(run.micro_batch_size, run.minibatch_size)
+    most = run.micro_batch_size if run.micro_batch_tokens is None else max(1, run.micro_batch_tokens // length)
+    rows = min(run.micro_batch_size, most, run.minibatch_size)
 
     def work() -> dict[str, PhaseMemory]:
         models = [] if run.reward is None else list(run.reward.models().values())
@@ -117,7 +119,7 @@ def ppo_memory(run: PPONetworks, device: torch.device, *, sequences: int, prompt
                 sampler=run.sampler,
             ),
             "scoring": scoring_memory(
-                run, models, device, rows=min(run.micro_batch_size, sequences), length=length, new=new
+                run, models, device, rows=min(run.micro_batch_size, most, sequences), length=length, new=new
             ),
             "updating": updating_memory(
                 run,

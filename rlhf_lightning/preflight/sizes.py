@@ -27,6 +27,7 @@ class PPOSizes:
     rollouts: float
     """In the whole run; infinite where nothing ends it."""
     processes: int = 1
+    micro_batch_tokens: int | None = None
 
     @property
     def sequences(self) -> int:
@@ -46,6 +47,8 @@ class PPOSizes:
     def table(self) -> list[Size]:
         """Return every number with its origin."""
         micro_batches = math.ceil(self.minibatch_size / self.micro_batch_size)
+        budget = self.micro_batch_tokens
+        more = "" if budget is None else f"; more where module.micro_batch_tokens={budget} are fewer sequences"
         return [
             Size("prompts of a rollout", self.prompts, "data.batch_size"),
             Size("samples per prompt", self.samples_per_prompt, "module.samples_per_prompt"),
@@ -56,7 +59,7 @@ class PPOSizes:
             Size(
                 "micro-batches of a minibatch",
                 micro_batches,
-                f"minibatch_size / module.micro_batch_size={self.micro_batch_size}, rounded up",
+                f"minibatch_size / module.micro_batch_size={self.micro_batch_size}, rounded up{more}",
             ),
             Size(
                 "optimizer steps of a rollout", self.steps, f"minibatches x module.ppo_epochs={self.ppo_epochs} passes"

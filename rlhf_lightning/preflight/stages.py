@@ -160,6 +160,7 @@ def ppo_sizes(run: PPORun, prompts: int, *, rollouts: float, processes: int) -> 
         samples_per_prompt=run.samples_per_prompt,
         minibatch_size=run.minibatch_size,
         micro_batch_size=run.micro_batch_size,
+        micro_batch_tokens=run.micro_batch_tokens,
         ppo_epochs=run.ppo_epochs,
         rollouts=rollouts,
         processes=processes,

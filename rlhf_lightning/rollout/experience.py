@@ -144,12 +144,19 @@ class MicroBatch:
     response_mask: Bool[Tensor, "M R"]
 
 
-def micro_batches(sequences: Sequences, *, micro_batch_size: int) -> Iterator[MicroBatch]:
-    """Yield the sequences in parts of about equal length, as wide as the longest."""
+def micro_batches(
+    sequences: Sequences, *, micro_batch_size: int, micro_batch_tokens: int | None = None
+) -> Iterator[MicroBatch]:
+    """Yield the sequences in parts of about equal length, as wide as the longest.
+
+    No part has more than ``micro_batch_size`` rows, and none of several rows more than ``micro_batch_tokens`` tokens,
+    padding included.
+    """
     total = sequences.tokens.shape[1]
     prompt_width = total - sequences.response_mask.shape[1]
     prompts, lengths = sequences.attention_mask[:, :prompt_width].sum(dim=1), sequences.attention_mask.sum(dim=1)
-    for rows in lengths.argsort(stable=True).split(micro_batch_size):
+    order = lengths.argsort(stable=True)
+    for rows in order.split(_sizes(lengths[order].tolist(), micro_batch_size, micro_batch_tokens)):
         own = lengths[rows].unsqueeze(1)
         place = torch.arange(int(own.max()), device=rows.device)
         columns = place + (prompt_width - prompts[rows]).unsqueeze(1)
@@ -164,9 +171,25 @@ def micro_batches(sequences: Sequences, *, micro_batch_size: int) -> Iterator[Mi
         )
 
 
-def trimmed_micro_batches(experience: Experience, *, micro_batch_size: int) -> Iterator[Experience]:
+def _sizes(lengths: list[int], most_rows: int, most_tokens: int | None) -> list[int]:
+    """Return how many of the sequences, whose lengths rise, are in each part."""
+    sizes: list[int] = []
+    for length in lengths:
+        fits = sizes and sizes[-1] < most_rows and (most_tokens is None or (sizes[-1] + 1) * length <= most_tokens)
+        if fits:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+    return sizes
+
+
+def trimmed_micro_batches(
+    experience: Experience, *, micro_batch_size: int, micro_batch_tokens: int | None = None
+) -> Iterator[Experience]:
     """Yield the experience in micro-batches as `micro_batches` does, with all that belongs to their tokens."""
-    for micro_batch in micro_batches(experience, micro_batch_size=micro_batch_size):
+    for micro_batch in micro_batches(
+        experience, micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens
+    ):
         part = experience.rows(micro_batch.rows)
         length = micro_batch.response_mask.shape[1]
         yield replace(

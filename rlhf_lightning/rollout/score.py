@@ -84,6 +84,7 @@ def score_rollout(
     reward: Reward,
     temperature: float,
     micro_batch_size: int,
+    micro_batch_tokens: int | None = None,
 ) -> ScoredRollout:
     """Add what policy, reference, critic and reward say of the rollout; without a critic all values are 0.
 
@@ -95,7 +96,7 @@ def score_rollout(
     dtype = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
     logprobs, ref_logprobs = (torch.zeros(sequences, longest, dtype=dtype, device=device) for _ in range(2))
     values = torch.zeros(sequences, longest + 1, dtype=dtype, device=device)
-    for part in micro_batches(rollout, micro_batch_size=micro_batch_size):
+    for part in micro_batches(rollout, micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens):
         length = part.response_mask.shape[1]
         found = score_rows(part, policy=policy, reference=reference, critic=critic, temperature=temperature)
         logprobs[part.rows, :length], ref_logprobs[part.rows, :length] = found[:2]

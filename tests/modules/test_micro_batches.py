@@ -189,6 +189,22 @@ def test_where_weights_are_cut_into_shards_a_number_is_asked_for(
         module.configure_callbacks()
 
 
+def test_a_budget_of_tokens_is_refused_where_weights_are_cut_into_shards(
+    module: PPOModule, trainer: Callable[..., Any]
+) -> None:
+    module.finds_micro_batch_size = False
+    module.micro_batch_tokens = 100
+    module.trainer = trainer(strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1))
+    with pytest.raises(InputError, match="micro_batch_tokens=100 makes more forwards"):
+        module.configure_callbacks()
+
+
+def test_a_budget_of_tokens_is_estimated_as_the_rows_that_it_leaves(module: PPOModule) -> None:
+    full = needed(module, 32)
+    module.micro_batch_tokens = 8 * (PROMPT + NEW)
+    assert needed(module, 32) == needed(module, 8) < full
+
+
 def test_another_word_is_refused() -> None:
     with pytest.raises(InputError, match="micro_batch_size="):
         PPOModule("none", reward=len_of, micro_batch_size="largest")  # type: ignore[arg-type]

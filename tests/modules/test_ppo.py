@@ -355,6 +355,28 @@ def test_losses_and_gradients_do_not_depend_on_the_size_of_the_micro_batch(
         assert found[size][0] == pytest.approx(found[6][0], rel=1e-4, abs=1e-5)
 
 
+def test_a_budget_of_tokens_bounds_every_forward_and_changes_no_gradient(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    found, shapes = {}, {}
+    for tokens in (None, 24, 1):
+        module = make(ppo_epochs=1, minibatch_size=6, micro_batch_size=6, micro_batch_tokens=tokens)
+        shapes[tokens] = []
+        for network in (module.reference, module.critic.backbone):
+            network.register_forward_pre_hook(
+                lambda _, __, kwargs, seen=shapes[tokens]: seen.append(tuple(kwargs["input_ids"].shape)),
+                with_kwargs=True,
+            )
+        found[tokens] = (fit(module, [prompts], max_steps=1).steps[0], module.raw[0])
+    for tokens in (24, 1):
+        assert_close(found[tokens][1], found[None][1], rtol=1e-3, atol=1e-5)
+        assert found[tokens][0] == pytest.approx(found[None][0], rel=1e-4, abs=1e-5)
+    assert max(rows for rows, _ in shapes[1]) == 1
+    assert {rows for rows, _ in shapes[None]} == {6}
+    assert max(rows * width for rows, width in shapes[24] if rows > 1) <= 24
+    assert len({rows for rows, _ in shapes[24]}) > 1
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_gradient_of_the_first_update_is_the_policy_gradient_and_the_value_regression(
     kind: str, make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]

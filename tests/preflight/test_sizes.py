@@ -35,6 +35,13 @@ def test_the_numbers_of_ppo_follow_from_each_other() -> None:
     }
 
 
+def test_a_budget_of_tokens_may_make_more_micro_batches() -> None:
+    origins = {size.name: size.origin for size in replace(SIZES, micro_batch_tokens=64).table()}
+    assert origins["micro-batches of a minibatch"].endswith(
+        "more where module.micro_batch_tokens=64 are fewer sequences"
+    )
+
+
 def test_batch_sizes_that_divide_are_right() -> None:
     assert check_ppo_sizes(replace(SIZES, micro_batch_size=4)).status == "ok"
     assert check_ppo_sizes(replace(SIZES, micro_batch_size=64)).status == "ok"

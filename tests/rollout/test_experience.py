@@ -215,6 +215,21 @@ def test_micro_batches_hold_sequences_of_about_equal_length(rollout: Callable[..
     assert [length for part in found for length in part] == expected
 
 
+@pytest.mark.parametrize("size", [1, 3, 9])
+@pytest.mark.parametrize("tokens", [1, 8, 13, 1000])
+def test_micro_batches_of_several_rows_have_no_more_tokens_than_asked_for_and_as_many_as_fit(
+    size: int, tokens: int, rollout: Callable[..., Rollout]
+) -> None:
+    sequences = rollout(PROMPTS, RESPONSES, left=3, right=2)
+    parts = list(micro_batches(sequences, micro_batch_size=size, micro_batch_tokens=tokens))
+    shapes = [tuple(part.tokens.shape) for part in parts]
+    assert sum(rows for rows, _ in shapes) == 5
+    assert all(rows == 1 or (rows <= size and rows * width <= tokens) for rows, width in shapes)
+    for (rows, _), after in zip(shapes, parts[1:], strict=False):
+        shortest = int(after.attention_mask.sum(dim=1).min())
+        assert rows == size or (rows + 1) * shortest > tokens
+
+
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_trimming_experience_loses_nothing_inside_of_the_mask(scored: ScoredRollout, size: int) -> None:
     experience = experience_of(scored)
