@@ -79,3 +79,22 @@ def ranking_loss(
     losses = pairwise_logistic_loss(scores[winners], scores[losers])
     pairs_of_prompt = torch.bincount(prompt_index[winners])
     return (losses / pairs_of_prompt[prompt_index[winners]]).sum() / (pairs_of_prompt > 0).sum().clamp(min=1)
+
+
+def k_wise_loss(
+    scores: Float[Tensor, " B"], prompt_index: Int[Tensor, " B"], ranks: Int[Tensor, " B"]
+) -> Float[Tensor, ""]:
+    """Return the mean over prompts of the mean of -log p(the response wins against all that are ranked below it).
+
+    The likelihood of a whole ranking (Plackett 1975; as the loss of a reward model Zhu, Jiao & Jordan 2023), over its
+    K - 1 choices: of two responses it is that of their pair. Responses that tie are compared with those below them, and
+    not with each other. 0 where nothing is ranked below anything.
+    """
+    same_prompt = prompt_index.unsqueeze(1) == prompt_index.unsqueeze(0)
+    below = same_prompt & (ranks.unsqueeze(1) < ranks.unsqueeze(0))
+    itself = torch.eye(len(ranks), dtype=torch.bool, device=ranks.device)
+    chances = scores.expand(len(scores), -1).masked_fill(~(below | itself), -torch.inf)
+    wins = below.any(dim=1)
+    losses = (chances.logsumexp(dim=1) - scores)[wins]
+    choices_of_prompt = torch.bincount(prompt_index[wins])
+    return (losses / choices_of_prompt[prompt_index[wins]]).sum() / (choices_of_prompt > 0).sum().clamp(min=1)

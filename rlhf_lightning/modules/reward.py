@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +12,7 @@ from torchmetrics.classification import BinaryCalibrationError
 
 from rlhf_lightning.errors import InputError, check_number, check_seed
 from rlhf_lightning.functional.head_logprobs import head_logprobs
-from rlhf_lightning.functional.losses import pairwise_logistic_loss, ranked_pairs, ranking_loss
+from rlhf_lightning.functional.losses import k_wise_loss, pairwise_logistic_loss, ranked_pairs, ranking_loss
 from rlhf_lightning.functional.masking import last_index
 from rlhf_lightning.functional.schedules import Schedule
 from rlhf_lightning.modules.hardware import OptimizerName
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+RankingLoss = Literal["pairwise", "k_wise"]
+"""Whether a ranking counts as its pairs, or as a whole; of two responses it is the same."""
 
 SHARING_MOVES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.02}
 """What reading several responses in one row may move a score by, by the precision of the weights."""
@@ -63,6 +66,7 @@ class RewardModule(LanguageModule):
         warmup_steps: int = 0,
         optimizer: OptimizerName = "adamw",
         shift_scores: bool = True,
+        ranking_loss: RankingLoss = "pairwise",
         margin_coef: float = 0.0,
         lm_coef: float = 0.0,
         share_prompts: bool = False,
@@ -71,6 +75,7 @@ class RewardModule(LanguageModule):
     ) -> None:
         """Load the network; a language model gets a new scalar head, drawn with ``seed`` as `init_scalar_head` says.
 
+        With ``ranking_loss`` "k_wise" the loss is that of whole rankings (`functional.losses.k_wise_loss`).
         With ``lm_coef`` the loss has that many times the next-token loss of the best responses beside it, which keeps
         what the network knew as a language model (Yang et al. 2024, SFT regularization): its output embeddings
         must be its input embeddings.
@@ -90,6 +95,8 @@ class RewardModule(LanguageModule):
         check_seed("seed", seed)
         for name, value in {"lm_coef": lm_coef, "margin_coef": margin_coef}.items():
             check_number(name, value)
+        if ranking_loss not in get_args(RankingLoss):
+            raise InputError(f"ranking_loss={ranking_loss} must be one of {', '.join(get_args(RankingLoss))}")
         if lm_coef < 0:
             raise InputError(f"lm_coef={lm_coef} must not be negative")
         if not 0 <= margin_coef < math.inf:
@@ -110,6 +117,7 @@ class RewardModule(LanguageModule):
         self.warmup_steps = warmup_steps
         self.optimizer = optimizer
         self.shift_scores = shift_scores
+        self.ranking_loss = ranking_loss
         self.margin_coef = margin_coef
         self.lm_coef = lm_coef
         self.share_prompts = share_prompts
@@ -152,7 +160,8 @@ class RewardModule(LanguageModule):
         with self.updating():
             scores, best_logprobs = self._read(batch)
         # A margin is a difference of ratings, as that of a pair is one of scores: it can be taken off one by one.
-        loss = ranking_loss(scores - self.margin_coef * batch.ratings, batch.prompt_index, batch.ranks)
+        of_rankings = k_wise_loss if self.ranking_loss == "k_wise" else ranking_loss
+        loss = of_rankings(scores - self.margin_coef * batch.ratings, batch.prompt_index, batch.ranks)
         winners, losers = ranked_pairs(batch.prompt_index, batch.ranks)
         compared = len(batch.prompt_index[winners].unique())
         loss = self.share_of_mean(loss * compared, compared)

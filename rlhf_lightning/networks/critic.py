@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlhf_lightning.functional.masking import position_ids
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.networks.lora import LoRA, add_adapter, has_adapter, train_adapter
-from rlhf_lightning.networks.scalar_head import init_scalar_head, scalar_head
+from rlhf_lightning.networks.scalar_head import init_scalar_head, keep_fine, scalar_head
 
 Copy = Callable[[nn.Module], nn.Module]
 """How a body is copied: `deepcopy`, or onto the same backbone."""
@@ -50,6 +50,7 @@ class Critic(nn.Module):
             add_adapter(self.backbone, lora)
         train_adapter(self.backbone)
         self.head.requires_grad_(True)
+        keep_fine(self.head)
         return self
 
     def forward(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -74,6 +75,7 @@ class TrunkCritic(nn.Module):
     def __init__(self, policy: Any, head: nn.Linear) -> None:
         """Take the policy, whose weights stay its own, and a linear layer with one output."""
         super().__init__()
+        keep_fine(head)
         self.head = head
         # In a tuple: not a submodule, so that the body is registered, moved and saved once.
         self._body = (policy.base_model,)

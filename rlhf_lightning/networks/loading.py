@@ -22,7 +22,7 @@ from rlhf_lightning.networks.quantizing import (
     quantization_settings,
 )
 from rlhf_lightning.networks.roles import Roles, reward_model_on
-from rlhf_lightning.networks.scalar_head import HeadInit, init_scalar_head, scalar_head
+from rlhf_lightning.networks.scalar_head import HeadInit, init_scalar_head, keep_fine, scalar_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -149,13 +149,14 @@ def load_reward_model(
     )
     _fit_vocabulary(reward_model, tokenizer, network)
     reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    head = scalar_head(reward_model)
+    keep_fine(head)
     head_is_there = _adapt(reward_model, network, adapter) or not loading["missing_keys"]
     if not head_is_there and trained:
         raise InputError(
             f"{network.pretrained!r} is no reward model: its weights {sorted(loading['missing_keys'])} are missing, as "
             "in a language model; train one with RewardModule (`rlhf train module=reward`)"
         )
-    head = scalar_head(reward_model)
     if not head_is_there:
         init_scalar_head(head, generator, head_init=head_init)
     head.requires_grad_(True)

@@ -10,7 +10,7 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks.adapters import Adapter, attach
 from rlhf_lightning.networks.lora import adapter_weights, adds_nothing, has_adapter, remove_adapter
 from rlhf_lightning.networks.quantizing import plain_config, quantized_layers
-from rlhf_lightning.networks.scalar_head import scalar_head
+from rlhf_lightning.networks.scalar_head import keep_fine, scalar_head
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -68,7 +68,10 @@ def reward_model_on(policy: Any, adapter: Adapter) -> Any:
     with torch.device("meta"):
         reward_model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
     setattr(reward_model, reward_model.base_model_prefix, body)
-    scalar_head(reward_model).to_empty(device=policy.device)
+    head = scalar_head(reward_model)
+    head.to_empty(device=policy.device)
+    # Before the adapter is read: its head has all of its bits.
+    keep_fine(head)
     elsewhere = [name for name, weight in reward_model.named_parameters() if weight.is_meta]
     if elsewhere:
         raise InputError(f"network.roles=shared: {type(reward_model).__name__} has more than a head: {elsewhere}")

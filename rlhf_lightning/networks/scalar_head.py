@@ -46,6 +46,19 @@ def init_scalar_head(
         head.bias.zero_()
 
 
+def keep_fine(head: nn.Linear) -> None:
+    """Hold the weights of a head in 32 bits at least, and let it read states of any precision.
+
+    In 16 bits most steps of a usual learning rate would be rounded away (`preflight.rounding`).
+    """
+    if head.weight.element_size() < 4:
+        head.float().register_forward_pre_hook(_read_as_weights)
+
+
+def _read_as_weights(head: nn.Module, states: tuple[Tensor]) -> Tensor:
+    return states[0].to(next(head.parameters()).dtype)
+
+
 class HiddenMoments:
     """Count, mean and covariance of last hidden states, gathered over batches and ranks in float64."""
 

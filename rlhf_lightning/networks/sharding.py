@@ -1,5 +1,6 @@
 """A network whose weights lie in parts on several processes (FSDP2), and the ways to see them whole."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,11 +20,12 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     """Leave each process its part of every weight; a network that is sharded already stays as it is.
 
     Each of the blocks that the architecture does not split is gathered by itself when it is needed, and what lies
-    outside of them together.
+    outside of them together; so are layers whose weights are of another type, such as adapters and heads in float32,
+    since what is gathered together must be of one type.
     """
     if isinstance(network, FSDPModule):
         return
-    for part in blocks(network):
+    for part in [*_of_another_type(network), *blocks(network)]:
         fully_shard(part, mesh=mesh)
     # The outermost part would stay whole after a forward: a second copy of embeddings and output layer.
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
@@ -37,6 +39,16 @@ def blocks(network: nn.Module) -> list[nn.Module]:
         name for part in network.modules() if isinstance(part, PreTrainedModel) for name in part._no_split_modules or ()
     }
     return [part for part in network.modules() if type(part).__name__ in names]
+
+
+def _of_another_type(network: nn.Module) -> list[nn.Module]:
+    """Return the layers none of whose own weights has the type that most numbers of the network have."""
+    numbers: Counter[torch.dtype] = Counter()
+    for weight in network.parameters():
+        numbers[weight.dtype] += weight.numel()
+    kinds = {layer: {weight.dtype for weight in layer.parameters(recurse=False)} for layer in network.modules()}
+    ((usual, _),) = numbers.most_common(1)
+    return [layer for layer, own in kinds.items() if own and usual not in own]
 
 
 def is_sharded(network: nn.Module) -> bool:

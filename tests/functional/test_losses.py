@@ -11,6 +11,7 @@ from rlhf_lightning.functional.losses import (
     clipped_policy_loss,
     clipped_value_loss,
     is_clipped,
+    k_wise_loss,
     pairwise_logistic_loss,
     probability_ratio,
     ranked_pairs,
@@ -189,6 +190,35 @@ def test_the_order_of_the_rows_is_irrelevant(order: list[int]) -> None:
     scores = torch.randn(9, generator=torch.Generator().manual_seed(0))
     expected = ranking_loss(scores, MIXED_PROMPTS, MIXED_RANKS)
     torch.testing.assert_close(ranking_loss(scores[order], MIXED_PROMPTS[order], MIXED_RANKS[order]), expected)
+
+
+def test_with_two_responses_the_k_wise_loss_is_the_pairwise_loss() -> None:
+    scores = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    loss = k_wise_loss(scores, torch.arange(8) // 2, torch.tensor([0, 1]).repeat(4))
+    torch.testing.assert_close(loss, pairwise_logistic_loss(scores[0::2], scores[1::2]).mean())
+
+
+@given(st.lists(st.floats(-5, 5), min_size=9, max_size=9), st.permutations(range(9)))
+def test_the_k_wise_loss_is_that_of_choosing_the_best_of_what_is_left(scores: list[float], order: list[int]) -> None:
+    of_prompts = []
+    for prompt in range(3):
+        own = [score for score, index in zip(scores, MIXED_PROMPTS.tolist(), strict=True) if index == prompt]
+        choices = [-math.log(math.exp(own[i]) / sum(map(math.exp, own[i:]))) for i in range(len(own) - 1)]
+        of_prompts.append(sum(choices) / len(choices))
+    found = k_wise_loss(torch.tensor(scores, dtype=torch.float64)[order], MIXED_PROMPTS[order], MIXED_RANKS[order])
+    assert float(found) == pytest.approx(sum(of_prompts) / 3, rel=1e-9, abs=1e-9)
+
+
+def test_the_k_wise_loss_compares_responses_that_tie_with_those_below_them_alone() -> None:
+    scores = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    prompts, ranks = torch.zeros(3, dtype=torch.long), torch.tensor([0, 0, 1])
+    expected = pairwise_logistic_loss(scores[:2], scores[2:].expand(2)).mean()
+    torch.testing.assert_close(k_wise_loss(scores, prompts, ranks), expected)
+    assert k_wise_loss(scores, prompts, torch.zeros(3, dtype=torch.long)) == 0
+    far = torch.tensor([-500.0, 500.0], requires_grad=True)
+    loss = k_wise_loss(far, torch.zeros(2, dtype=torch.long), torch.tensor([0, 1]))
+    loss.backward()
+    assert (loss.item(), far.grad.tolist()) == (1000.0, [-1.0, 1.0])
 
 
 def test_the_ranking_loss_sees_only_differences_of_scores() -> None:

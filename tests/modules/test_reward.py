@@ -146,6 +146,20 @@ def test_ties_are_no_pairs_and_margins_are_taken_off_as_in_a_reference_in_float6
     assert (found - wanted).norm() < 1e-6 * wanted.norm()
 
 
+def test_a_ranking_can_count_as_a_whole(make: Callable[..., RewardModule], classifier: Callable[..., Any]) -> None:
+    scores = [torch.stack(own).detach().float() for own in scores_one_by_one(classifier().double(), MIXED)]
+    expected = [torch.stack([own[i:].logsumexp(dim=0) - own[i] for i in range(len(own) - 1)]).mean() for own in scores]
+    found = {}
+    for kind in ("pairwise", "k_wise"):
+        module = make(ranking_loss=kind)
+        without_trainer(module)
+        found[kind] = module.training_step(batch(MIXED), 0).item()
+    assert found["k_wise"] == pytest.approx(float(sum(expected) / len(expected)), abs=1e-5)
+    assert abs(found["pairwise"] - found["k_wise"]) > 1e-3
+    with pytest.raises(InputError, match="ranking_loss=listwise must be one of pairwise, k_wise"):
+        make(ranking_loss="listwise")
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

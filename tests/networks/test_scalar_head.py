@@ -1,3 +1,4 @@
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -5,7 +6,13 @@ import torch
 from torch import nn
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.networks.scalar_head import HiddenMoments, init_scalar_head, scalar_head, shift_scores
+from rlhf_lightning.networks.scalar_head import (
+    HiddenMoments,
+    init_scalar_head,
+    keep_fine,
+    scalar_head,
+    shift_scores,
+)
 
 
 def states(count: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -33,6 +40,30 @@ def test_a_new_head_has_the_spread_that_is_asked_for(size: int, settings: Any, p
     weights = torch.cat([head.weight.flatten() for head in heads])
     assert weights.std().item() == pytest.approx(1 / (size + 1) ** power, rel=0.03)
     assert weights.mean().abs() < 4 * weights.std() / len(weights) ** 0.5
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_a_head_in_16_bits_is_held_in_32_and_so_is_its_copy(kind: torch.dtype) -> None:
+    head = nn.Linear(8, 1, dtype=kind)
+    before, read = head.weight.detach().clone(), states(3, 8).to(kind)
+    expected = torch.nn.functional.linear(read.float(), head.weight.float(), head.bias.float())
+    keep_fine(head)
+    for one in (head, deepcopy(head)):
+        assert one.weight.dtype == torch.float32
+        assert torch.equal(one(read), expected)
+    with torch.no_grad():
+        head.weight += 1e-5
+    assert not torch.equal(head.weight, before)
+    # Where all is turned into 16 bits the head goes along.
+    assert head.to(kind)(read).dtype == kind
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_a_head_with_more_bits_stays_as_it_is(kind: torch.dtype) -> None:
+    head = nn.Linear(8, 1, dtype=kind)
+    keep_fine(head)
+    assert head.weight.dtype == kind
+    assert not head._forward_pre_hooks
 
 
 def test_a_new_head_has_a_bias_of_0_and_is_that_of_its_generator() -> None:

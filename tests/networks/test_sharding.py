@@ -70,6 +70,34 @@ def test_a_network_of_one_process_waits_for_nobody() -> None:
     set_gradient_sync(network, False)
 
 
+def test_layers_of_another_type_than_the_rest_are_gathered_by_themselves(
+    processes: Callable[..., list[Any]],
+) -> None:
+    def made() -> LlamaForCausalLM:
+        network = llama().bfloat16()
+        network.lm_head.float().register_forward_pre_hook(lambda _, states: states[0].float())
+        network.model.layers[1].mlp.down_proj.float().register_forward_pre_hook(lambda _, states: states[0].float())
+        return network
+
+    def loss(network: nn.Module) -> Tensor:
+        return network(TOKENS).logits.float().square().mean()
+
+    def work(rank: int) -> tuple[int, dict[str, Tensor]]:
+        network = made()
+        shard(network, meet())
+        loss(network).backward()
+        return units(network), {name: p.grad.full_tensor() for name, p in network.named_parameters()}
+
+    alone = made()
+    loss(alone).backward()
+    for count, gradients in processes(2, work):
+        # Two blocks, what lies outside of them, and the two layers.
+        assert count == 5
+        for name, weight in alone.named_parameters():
+            assert gradients[name].dtype == weight.dtype
+            torch.testing.assert_close(gradients[name], weight.grad, rtol=0.02, atol=1e-4)
+
+
 def test_entries_below_a_prefix() -> None:
     assert under("a.", {"a.x": 1, "b.a.x": 2, "ab": 3}) == {"x": 1}
 

@@ -9,7 +9,8 @@ from lightning import Trainer
 from torch.utils.data import DataLoader
 
 from rlhf_lightning.modules import PPOModule, SFTModule
-from rlhf_lightning.networks import LoRA, NetworkConfig, load_policy
+from rlhf_lightning.networks import LoRA, NetworkConfig, load_policy, load_reward_model
+from rlhf_lightning.networks.scalar_head import scalar_head
 from rlhf_lightning.preflight import check_ppo, check_rounding
 from rlhf_lightning.types import PromptBatch, SFTBatch
 
@@ -50,6 +51,17 @@ def test_weights_in_32_bits_and_a_float32_adapter_beside_16_bits_are_as_they_sho
     )
     assert check_rounding({whole: RATE}).status == "warning"
     assert check_rounding({adapted: RATE}).status == "ok"
+
+
+@pytest.mark.parametrize("lora", [None, LoRA()])
+def test_a_reward_models_head_is_in_32_bits_beside_weights_in_16(lora: LoRA | None, tiny_model: Path) -> None:
+    network = load_reward_model(NetworkConfig(str(tiny_model), dtype="bfloat16", lora=lora))
+    assert network.dtype == torch.bfloat16
+    assert scalar_head(network).weight.dtype == torch.float32
+    assert check_rounding({network: RATE}).status == ("warning" if lora is None else "ok")
+    tokens = torch.tensor([[5, 6, 7]])
+    network(tokens).logits.sum().backward()
+    assert scalar_head(network).weight.grad.dtype == torch.float32
 
 
 def test_ppo_is_told_of_its_policy_and_of_its_critic(
