@@ -590,6 +590,22 @@ MUTANTS = (
         28,
     ),
     Mutant(
+        "a choice among what is ranked above, not below",
+        FUNCTIONAL + "losses.py",
+        "below = same_prompt & (ranks.unsqueeze(1) < ranks.unsqueeze(0))",
+        "below = same_prompt & (ranks.unsqueeze(1) > ranks.unsqueeze(0))",
+        ("tests/functional/test_losses.py",),
+        51,
+    ),
+    Mutant(
+        "a choice that leaves out what is chosen",
+        FUNCTIONAL + "losses.py",
+        "masked_fill(~(below | itself), -torch.inf)",
+        "masked_fill(~below, -torch.inf)",
+        ("tests/functional/test_losses.py",),
+        51,
+    ),
+    Mutant(
         "ties are pairs",
         FUNCTIONAL + "losses.py",
         "better = ranks.unsqueeze(1) < ranks.unsqueeze(0)",
