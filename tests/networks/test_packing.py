@@ -105,7 +105,7 @@ def test_hidden_states_are_those_of_each_sequence_alone(kind: str, attn_implemen
         torch.testing.assert_close(found[row, :length], alone, rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=60)
 @given(lengths=LENGTHS, data=st.data(), kind=st.sampled_from(sorted(BODIES)), in_one_row=st.booleans())
 def test_no_token_reads_another_sequence(lengths: list[int], data: st.DataObject, kind: str, in_one_row: bool) -> None:
     network = body(kind)
