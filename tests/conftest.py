@@ -36,6 +36,31 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def flash_by_lengths() -> str:
+    """The name of an attention that is told of packed sequences as FlashAttention is, and computes on any device."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    def attend(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **told: Any
+    ) -> tuple[Any, None]:
+        # Padding on the right, which a mask of two axes is of, is read by nothing that counts.
+        assert attention_mask is None or attention_mask.dim() == 2
+        ends = told.get("cu_seq_lens_q", torch.tensor([0, query.shape[2]]))
+        assert len(ends) == 2 or len(query) == 1
+        sizes = ends.diff().tolist()
+        parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+        found = [scaled_dot_product_attention(*part, is_causal=True, scale=scaling) for part in parts]
+        return torch.cat(found, dim=2).transpose(1, 2), None
+
+    AttentionInterface.register("flash_by_lengths", attend)
+    AttentionMaskInterface.register("flash_by_lengths", flash_attention_mask)
+    return "flash_by_lengths"
+
+
+@pytest.fixture(scope="session")
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, wide enough for blocks of 64 weights, as 4 bits need, and with weights that tell tokens apart."""
     folder = tmp_path_factory.mktemp("models") / "wide"

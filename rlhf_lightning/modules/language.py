@@ -35,6 +35,7 @@ from rlhf_lightning.networks import (
     save_pretrained,
 )
 from rlhf_lightning.networks.embeddings import embeddings_and_heads
+from rlhf_lightning.networks.packing import Packed, lengths_for
 from rlhf_lightning.networks.predictions import Predictions, predictions
 from rlhf_lightning.networks.sharding import shard
 from rlhf_lightning.preflight import check_rounding
@@ -336,9 +337,18 @@ def pass_records_by(plugin: Precision) -> None:
     plugin.convert_input = convert_others  # type: ignore[method-assign]
 
 
-def sft_predictions(network: nn.Module, batch: SFTBatch) -> Predictions:
-    """Return what predicts the tokens that count."""
-    return predictions(network, batch.tokens, batch.attention_mask, batch.loss_mask)
+def sft_predictions(network: nn.Module, batch: SFTBatch, packed: Packed | None = None) -> Predictions:
+    """Return what predicts the tokens that count, read in the rows of ``packed`` where they are given."""
+    if packed is None:
+        return predictions(network, batch.tokens, batch.attention_mask, batch.loss_mask)
+    return predictions(
+        network,
+        packed.tokens,
+        None,
+        packed.arranged(batch.loss_mask),
+        position_ids=packed.position_ids,
+        **lengths_for(network, packed),
+    )
 
 
 def adamw_with_schedule(

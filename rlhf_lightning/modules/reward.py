@@ -24,8 +24,18 @@ from rlhf_lightning.modules.language import (
 )
 from rlhf_lightning.modules.sharding import callable_outside_of_steps, shards_weights, writable
 from rlhf_lightning.networks import Model, load_reward_model
+from rlhf_lightning.networks.packing import (
+    Packed,
+    check_moved,
+    largest_move,
+    last_hidden_state,
+    pack,
+    pack_for,
+    shortest_two,
+    takes_lengths,
+)
 from rlhf_lightning.networks.scalar_head import HeadInit, HiddenMoments, scalar_head, shift_scores
-from rlhf_lightning.networks.shared_prompts import last_hidden_state, share_prompts
+from rlhf_lightning.networks.shared_prompts import share_prompts
 from rlhf_lightning.types import ComparisonBatch
 
 if TYPE_CHECKING:
@@ -35,9 +45,6 @@ log = logging.getLogger(__name__)
 
 RankingLoss = Literal["pairwise", "k_wise"]
 """Whether a ranking counts as its pairs, or as a whole; of two responses it is the same."""
-
-SHARING_MOVES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.02}
-"""What reading several responses in one row may move a score by, by the precision of the weights."""
 
 
 class RewardModule(LanguageModule):
@@ -70,6 +77,7 @@ class RewardModule(LanguageModule):
         margin_coef: float = 0.0,
         lm_coef: float = 0.0,
         share_prompts: bool = False,
+        packing: bool = False,
         max_bad_updates: int = 3,
         seed: int = 0,
     ) -> None:
@@ -83,6 +91,8 @@ class RewardModule(LanguageModule):
         without padding: the same scores in less time where responses are many and of different lengths. The network
         must be a decoder with a scalar head on its last state whose attention takes a mask of its own; that is looked
         at on the first batch.
+        With ``packing`` training reads all sequences of a batch in rows with no padding between them, or with
+        ``share_prompts`` all prompts with their responses.
         """
         super().__init__(model, tokenizer, max_bad_updates=max_bad_updates)
         check_optimization(
@@ -121,7 +131,13 @@ class RewardModule(LanguageModule):
         self.margin_coef = margin_coef
         self.lm_coef = lm_coef
         self.share_prompts = share_prompts
-        self._sharing_is_checked = False
+        self.packing = packing
+        self._rows_are_checked = False
+        if share_prompts and takes_lengths(self.reward_model):
+            raise InputError(
+                "share_prompts=True needs attention that takes a mask of its own, which FlashAttention does not; set "
+                "packing=True in its place, or network.attn_implementation=sdpa"
+            )
         self.val_loss = MeanMetric()
         self.val_accuracy = MeanMetric()
         self.val_margin = MeanMetric()
@@ -138,7 +154,8 @@ class RewardModule(LanguageModule):
         Raises `InputError` where a setting needs whole weights, and the strategy shards them.
         """
         super().setup(stage)
-        for name, value in {"lm_coef": self.lm_coef, "share_prompts": self.share_prompts}.items():
+        for name in ("lm_coef", "share_prompts", "packing"):
+            value = getattr(self, name)
             if value and shards_weights(self.trainer.strategy):
                 raise InputError(
                     f"{name}={value} reads parts of the network outside of its forward, where sharded weights are not "
@@ -158,7 +175,7 @@ class RewardModule(LanguageModule):
         Weighted so that the processes' average is the mean over all prompts, as of all other means here.
         """
         with self.updating():
-            scores, best_logprobs = self._read(batch)
+            scores, best_logprobs = self._read(batch, self._packed(batch))
         # A margin is a difference of ratings, as that of a pair is one of scores: it can be taken off one by one.
         of_rankings = k_wise_loss if self.ranking_loss == "k_wise" else ranking_loss
         loss = of_rankings(scores - self.margin_coef * batch.ratings, batch.prompt_index, batch.ranks)
@@ -175,27 +192,32 @@ class RewardModule(LanguageModule):
 
     def differentiated(self, batch: ComparisonBatch) -> Tensor:
         """Return the sum of all that the loss is made of, whose backward holds as much as that of the loss."""
-        scores, best_logprobs = self._read(batch)
+        scores, best_logprobs = self._read(batch, self._packed(batch))
         return scores.sum() + best_logprobs.sum()
 
     def on_train_batch_start(self, batch: ComparisonBatch, batch_idx: int) -> None:
-        """Look once whether sharing prompts changes scores."""
+        """Look once whether reading several sequences in one row changes scores."""
         super().on_train_batch_start(batch, batch_idx)
-        if self.share_prompts and not self._sharing_is_checked:
-            self._check_sharing(batch)
-            self._sharing_is_checked = True
+        if (self.share_prompts or self.packing) and not self._rows_are_checked:
+            self._check_rows(batch)
+            self._rows_are_checked = True
 
-    def _read(self, batch: ComparisonBatch) -> tuple[Float[Tensor, " B"], Float[Tensor, " N"]]:
+    def _packed(self, batch: ComparisonBatch) -> Packed | None:
+        """Return the rows that a batch is read in, None where they are its own."""
+        if self.share_prompts:
+            return share_prompts(batch.tokens, batch.attention_mask, batch.prompt_index, packing=self.packing)
+        return pack_for(self.reward_model, batch.tokens, batch.attention_mask) if self.packing else None
+
+    def _read(self, batch: ComparisonBatch, packed: Packed | None) -> tuple[Float[Tensor, " B"], Float[Tensor, " N"]]:
         """Return the score of each row, and of the best rows the log-probability of each response token, if needed."""
         network: Any = self.reward_model
-        if self.share_prompts:
-            shared = share_prompts(batch.tokens, batch.attention_mask, batch.prompt_index)
-            states = last_hidden_state(network.base_model, shared)
+        if packed is not None:
+            states = last_hidden_state(network.base_model, packed)
             last = last_index(batch.attention_mask).unsqueeze(1)
-            ends = states[shared.rows, shared.columns.gather(1, last)].squeeze(1)
+            ends = states[packed.rows, packed.columns.gather(1, last)].squeeze(1)
             scores = scalar_head(network)(ends).squeeze(-1).float()
             best = batch.ranks == 0
-            hidden = states[shared.rows[best], shared.columns[best]] if self.lm_coef else None
+            hidden = states[packed.rows[best], packed.columns[best]] if self.lm_coef else None
         else:
             output = network(
                 input_ids=batch.tokens,
@@ -208,15 +230,16 @@ class RewardModule(LanguageModule):
         return scores, scores.new_empty(0) if hidden is None else self._best_logprobs(hidden, batch)
 
     @torch.no_grad()
-    def _check_sharing(self, batch: ComparisonBatch) -> None:
-        apart = (self._read(batch)[0] - self(batch.tokens, batch.attention_mask)).abs().max()
-        largest = SHARING_MOVES[self.reward_model.dtype]
-        if not apart < largest:
-            raise InputError(
-                f"share_prompts=True moves scores of {type(self.reward_model).__name__} by {float(apart):.2g}, more "
-                f"than {largest}: its attention does not take a mask of its own; set share_prompts=False, or try "
-                "another network.attn_implementation (sdpa, eager)"
-            )
+    def _check_rows(self, batch: ComparisonBatch) -> None:
+        if self.share_prompts:
+            setting, packed = "share_prompts", self._packed(batch)
+        else:
+            batch = batch.rows(shortest_two(batch.attention_mask))
+            setting, packed = "packing", pack(batch.tokens, batch.attention_mask, in_one_row=True)
+        with self.trainer.precision_plugin.forward_context():
+            apart = (self._read(batch, packed)[0] - self(batch.tokens, batch.attention_mask)).abs().max()
+            largest = largest_move(self.reward_model)
+        check_moved(setting, "scores", apart, largest, self.reward_model)
 
     def _best_logprobs(self, hidden: Float[Tensor, "N T H"], batch: ComparisonBatch) -> Float[Tensor, " L"]:
         """Return the log-probabilities of all response tokens of the best rows, whose states ``hidden`` holds."""

@@ -1,5 +1,6 @@
 """Fine-tuning on demonstrations, and pre-training on raw text: next-token prediction."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from rlhf_lightning.modules.language import (
     sft_predictions,
 )
 from rlhf_lightning.networks import Model, load_policy, stop_token_ids
+from rlhf_lightning.networks.packing import check_moved, largest_move, pack, pack_for, shortest_two
+from rlhf_lightning.preflight.findings import untouched
 from rlhf_lightning.types import SFTBatch
 
 if TYPE_CHECKING:
@@ -47,10 +50,13 @@ class SFTModule(LanguageModule):
         warmup_steps: int = 0,
         optimizer: OptimizerName = "adamw",
         dropout: float | None = None,
+        packing: bool = False,
         max_bad_updates: int = 3,
     ) -> None:
         """Load the language model; ``dropout`` replaces that of all of its dropout layers.
 
+        With ``packing`` training reads the sequences of a batch in rows with no padding between them, each from its own
+        position 0: the same loss. Whether the network keeps them apart is looked at on the first batch.
         Raises `InputError` where ``model`` is no language model or has no such layers, and for a setting out of its
         range.
         """
@@ -76,6 +82,8 @@ class SFTModule(LanguageModule):
         self.lr_floor = lr_floor
         self.warmup_steps = warmup_steps
         self.optimizer = optimizer
+        self.packing = packing
+        self._packing_is_checked = False
         self.val_loss = MeanMetric()
         self.val_perplexity = Perplexity()
         self.val_token_accuracy = MulticlassAccuracy(self.policy.config.get_text_config().vocab_size, average="micro")
@@ -98,6 +106,8 @@ class SFTModule(LanguageModule):
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """Return the loss in nats per token, weighted so that the processes' average is the mean over all tokens."""
         with self.updating():
+            if self.packing and not self._packing_is_checked:
+                self._check_packing(batch)
             total = self.differentiated(batch)
         loss = self.share_of_mean(total, int(batch.loss_mask[:, 1:].sum()))
         self.log("sft/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch))
@@ -105,7 +115,24 @@ class SFTModule(LanguageModule):
 
     def differentiated(self, batch: SFTBatch) -> Tensor:
         """Return the sum of the losses of all tokens that count: what the gradient is found of, but for a factor."""
-        return -sft_predictions(self.policy, batch).total_logprob()
+        packed = pack_for(self.policy, batch.tokens, batch.attention_mask) if self.packing else None
+        return -sft_predictions(self.policy, batch, packed).total_logprob()
+
+    def _check_packing(self, batch: SFTBatch) -> None:
+        """Raise `InputError` where the second of two sequences is read otherwise if the first stands before it."""
+        pair = batch.rows(shortest_two(batch.attention_mask))
+        second = pair.attention_mask.clone()
+        second[0], second[:, 0] = False, False
+        if not second.any():
+            return
+        self._packing_is_checked = True
+        pair = replace(pair, loss_mask=second)
+        packed = pack(pair.tokens, pair.attention_mask, in_one_row=True)
+        with untouched(self.policy.modules(), self.device):
+            self.policy.eval()
+            alone, together = (sft_predictions(self.policy, pair, rows).logprobs() for rows in (None, packed))
+            largest = largest_move(self.policy)
+        check_moved("packing", "log-probabilities", (together - alone).abs().mean(), largest, self.policy)
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
         """Measure loss, perplexity and token accuracy over the tokens that count."""

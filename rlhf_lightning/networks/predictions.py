@@ -66,19 +66,22 @@ class Predictions:
 def predictions(
     network: nn.Module,
     tokens: Int[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"] | None,
     counted: Bool[Tensor, "B T"],
     *,
     position_ids: Int[Tensor, "B T"] | None = None,
     longest: int | None = None,
+    **more: Any,
 ) -> Predictions:
     """Return what predicts the tokens that are counted, row by row; the first of a row must not be.
 
-    Where the output layer is no plain linear layer the network makes logits for all tokens, or for the last ``longest``
-    ones, which must then hold all that are counted.
+    The mask is None where a row holds several sequences, whose ``position_ids`` begin anew; ``more`` is what the
+    network is told besides. Where the output layer is no plain linear layer the network makes logits for all tokens, or
+    for the last ``longest`` ones, which must then hold all that are counted.
     """
     model: Any = network
-    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": attention_mask.long(), "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False, **more}
+    inputs["attention_mask"] = None if attention_mask is None else attention_mask.long()
     if position_ids is not None:
         inputs["position_ids"] = position_ids
     # The token at t is predicted by the state at t - 1.
@@ -158,5 +161,8 @@ def _is_all(network: Any, head: nn.Linear, *, takes_positions: bool) -> bool:
     finally:
         for hook in hooks:
             hook.remove()
+    # A network may call parts of its body in its place (OPT).
+    if not {"given", "read"} <= seen.keys():
+        return False
     is_given = all(id(x) in seen["given"] for x in inputs.values())
     return is_given and torch.equal(logits, made) and torch.equal(seen["read"], seen["states"])

@@ -8,36 +8,24 @@ A row is the prompt's tokens and after them each response's own, all responses a
 A token reads what stands before it in its own segment, and the prompt. So each response is read as if it stood alone.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Bool, Int
+from torch import Tensor
 
-
-@dataclass(frozen=True)
-class SharedPrompts:
-    """Sequences (B, T) rearranged into one row for each of N prompts, S tokens long."""
-
-    tokens: Tensor
-    """(N, S) token ids; what fills up a row is 0 and read by nothing."""
-    position_ids: Tensor
-    """(N, S) the position that a token had in its sequence."""
-    attention_mask: Tensor
-    """(N, 1, S, S) bool, true where the token of the third axis reads that of the last."""
-    rows: Tensor
-    """(B, 1) the row that a sequence is in."""
-    columns: Tensor
-    """(B, T) where in its row a token of a sequence is; anywhere for padding."""
+from rlhf_lightning.networks.packing import Packed, arranged, first_fit
 
 
 def share_prompts(
-    tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], prompt_index: Int[Tensor, " B"]
-) -> SharedPrompts:
-    """Rearrange sequences padded on the right, those of one prompt next to each other.
+    tokens: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
+    prompt_index: Int[Tensor, " B"],
+    *,
+    packing: bool = False,
+) -> Packed:
+    """Rearrange sequences padded on the right, those of one prompt next to each other, into a row for each prompt.
 
-    What the sequences of a prompt have in common at their beginning is kept once, but no sequence's last token.
+    What the sequences of a prompt have in common at their beginning is kept once, but no sequence's last token. With
+    ``packing`` a row has several prompts where they are no longer together than the longest.
     """
     device = tokens.device
     lengths = attention_mask.sum(dim=1)
@@ -54,33 +42,26 @@ def share_prompts(
     time = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
     columns = torch.where(time < shared, time, time + before)
     kept = attention_mask & ((time >= shared) | is_first.unsqueeze(1))
-    size = int((shared + before + own).max())
-    place = prompt_index.unsqueeze(1).expand_as(tokens)[kept], columns[kept]
-
-    def rearranged(values: Tensor, fill: int) -> Tensor:
-        packed = torch.full((len(is_first.nonzero()), size), fill, dtype=torch.long, device=device)
-        packed[place] = values[kept]
-        return packed
-
+    # The last sequence of a prompt says how long all that is read of the prompt is.
+    ends = (shared + before + own).squeeze(1)
+    sizes = ends.new_zeros(int(is_first.sum())).scatter_reduce(0, prompt_index, ends, reduce="amax").tolist()
+    size, count = max(sizes), len(sizes)
+    rows = prompt_index.unsqueeze(1)
+    if packing:
+        of_prompt, starts = (torch.tensor(x, device=device) for x in first_fit(sizes, size))
+        count = int(of_prompt.max()) + 1
+        rows, columns = of_prompt[rows], columns + starts[rows]
+    place = (kept, rows, columns, (count, size))
     sequence = torch.arange(1, len(tokens) + 1, device=device).unsqueeze(1)
-    segments = rearranged(torch.where(time < shared, 0, sequence), -1)
+    segments = arranged(torch.where(time < shared, 0, sequence), *place, fill=-1)
+    prompts = arranged(prompt_index.unsqueeze(1).expand_as(tokens), *place, fill=-1)
     reads = (segments.unsqueeze(1) == segments.unsqueeze(2)) | (segments == 0).unsqueeze(1)
-    return SharedPrompts(
-        tokens=rearranged(tokens, 0),
-        position_ids=rearranged(time, 0),
+    reads &= prompts.unsqueeze(1) == prompts.unsqueeze(2)
+    return Packed(
+        tokens=arranged(tokens, *place),
+        position_ids=arranged(time, *place),
         attention_mask=reads.tril().unsqueeze(1),
-        rows=prompt_index.unsqueeze(1),
+        kept=kept,
+        rows=rows,
         columns=columns.clamp(max=size - 1),
     )
-
-
-def last_hidden_state(body: nn.Module, shared: SharedPrompts) -> Float[Tensor, "N S H"]:
-    """Return the last hidden states of a transformer's body; its attention must take a mask of four axes."""
-    network: Any = body
-    lowest = torch.finfo(network.dtype).min
-    # As a sum and not as a choice: every implementation of attention that takes masks adds them.
-    added = torch.zeros_like(shared.attention_mask, dtype=network.dtype).masked_fill(~shared.attention_mask, lowest)
-    hidden: Tensor = network(
-        input_ids=shared.tokens, attention_mask=added, position_ids=shared.position_ids, use_cache=False
-    ).last_hidden_state
-    return hidden

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, OPTConfig, OPTForSequenceClassification
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import RewardModule
@@ -210,6 +210,78 @@ def test_shared_prompts_have_the_same_loss_and_gradients_with_fewer_tokens(make:
     assert read == [len(MIXED) * longest]
 
 
+UNEVEN: list[Ranking] = [*MIXED, [[90, *range(91, 99), 1], [90, 1]], [[100, 40, 1], [100, 1]]]
+"""Lengths of 2 to 10."""
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_packed_sequences_have_the_same_loss_and_gradients(
+    kind: str, share_prompts: bool, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    losses, gradients = [], []
+    for settings in ({}, {"packing": True, "share_prompts": share_prompts}):
+        network = classifier(kind, tie_word_embeddings=True).double()
+        module = RewardModule(network, tokenizer=tokenizer, margin_coef=0.7, lm_coef=0.3, **settings)
+        without_trainer(module)
+        loss = module.training_step(
+            batch(UNEVEN, pads=2, ranks=[*TIED_RANKS, [0, 1], [0, 1]], ratings=[*RATINGS, [0.5, 0.0], [1.0, 0.0]]), 0
+        )
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert (gradients[1] - gradients[0]).norm() < 1e-6 * gradients[0].norm()
+
+
+def body_reads(module: RewardModule) -> list[tuple[int, ...]]:
+    """The shapes of the ids that the network's body reads from now on."""
+    shapes: list[tuple[int, ...]] = []
+    module.reward_model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple((*args, kwargs.get("input_ids"))[0].shape)), with_kwargs=True
+    )
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("settings", "shapes"),
+    [
+        ({}, [(13, 13)]),
+        ({"packing": True}, [(1, 4), (2, 13), (6, 10)]),
+        ({"packing": True, "share_prompts": True}, [(4, 12), (13, 13), (4, 12)]),
+    ],
+)
+def test_packing_reads_fewer_rows_in_training_and_leaves_validation_as_it_is(
+    settings: dict[str, Any], shapes: list[tuple[int, ...]], make: Callable[..., RewardModule], fit: Callable[..., Any]
+) -> None:
+    module = make(shift_scores=False, **settings)
+    read = body_reads(module)
+    fit(module, [batch(UNEVEN, pads=3)], val=[batch(UNEVEN, pads=3)], max_steps=1)
+    assert read == [*shapes, (13, 13)]
+
+
+def test_attention_that_takes_lengths_reads_a_batch_in_one_row(
+    make: Callable[..., RewardModule], fit: Callable[..., Any], flash_by_lengths: str
+) -> None:
+    plain, told = make(shift_scores=False), make(shift_scores=False, packing=True)
+    told.reward_model.config._attn_implementation = flash_by_lengths
+    read = body_reads(told)
+    losses = [fit(module, [batch(UNEVEN, pads=3)], max_epochs=3)["reward/loss"] for module in (plain, told)]
+    assert read[-1] == (1, 51)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_shared_prompts_need_attention_that_takes_a_mask(
+    classifier: Callable[..., Any], tokenizer: Any, flash_by_lengths: str
+) -> None:
+    network = classifier()
+    network.config._attn_implementation = flash_by_lengths
+    with pytest.raises(
+        InputError, match="share_prompts=True needs attention that takes a mask of its own, which Flash"
+    ):
+        RewardModule(network, tokenizer=tokenizer, share_prompts=True)
+
+
 def test_a_network_whose_scores_move_when_prompts_are_shared_is_refused_on_the_first_batch(
     classifier: Callable[..., Any], tokenizer: Any, fit: Callable[..., Any]
 ) -> None:
@@ -221,6 +293,19 @@ def test_a_network_whose_scores_move_when_prompts_are_shared_is_refused_on_the_f
     )
     with pytest.raises(InputError, match="share_prompts=True moves scores of LlamaForSequenceClassification by"):
         fit(RewardModule(network, tokenizer=tokenizer, share_prompts=True), [batch(MIXED)], max_steps=1)
+
+
+def test_a_network_that_finds_positions_from_its_mask_is_refused_when_sequences_are_packed(
+    tokenizer: Any, fit: Callable[..., Any]
+) -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=258, hidden_size=16, ffn_dim=32, word_embed_proj_dim=16, num_hidden_layers=2)
+    config.num_attention_heads, config.init_std, config.num_labels, config.pad_token_id = 2, 0.3, 1, 0
+    module = RewardModule(OPTForSequenceClassification(config), tokenizer=tokenizer, packing=True)
+    with pytest.raises(
+        InputError, match=r"packing=True moves scores of OPTForSequenceClassification by .* set packing="
+    ):
+        fit(module, [batch(MIXED)], max_steps=1)
 
 
 @pytest.mark.parametrize("share_prompts", [False, True])

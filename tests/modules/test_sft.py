@@ -6,7 +6,16 @@ import pytest
 import torch
 from lightning import Callback
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import SFTModule
@@ -29,6 +38,15 @@ def batch(rows: list[list[int]], targets: list[list[int]], *, pads: int = 0, pad
         attention_mask=torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows]),
         loss_mask=torch.tensor([[bool(x) for x in row] + [False] * (width - len(row)) for row in targets]),
     )
+
+
+def mistral() -> Any:
+    """A network whose attention reaches back three tokens."""
+    torch.manual_seed(0)
+    config = MistralConfig(vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 2, 8
+    config.sliding_window, config.initializer_range = 3, 0.3
+    return MistralForCausalLM(config)
 
 
 def token_losses(network: Any, rows: list[list[int]], targets: list[list[int]]) -> Tensor:
@@ -188,6 +206,105 @@ def test_a_setting_that_cannot_be_had_is_an_input_error(
 ) -> None:
     with pytest.raises(InputError, match=message):
         SFTModule(policy(), **setting)
+
+
+PAIRS = ([[7, 8], [9, 10], [11, 12]], [[0, 1], [0, 1], [0, 1]])
+ONE = ([FEW[0][0]], [FEW[1][0]])
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY, PAIRS, ONE], ids=["few", "many", "of two tokens", "one"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+def test_packed_sequences_have_the_same_loss_and_gradients(
+    kind: str, rows: tuple[list[list[int]], list[list[int]]], policy: Callable[..., Any]
+) -> None:
+    losses, gradients = [], []
+    for packing in (False, True):
+        module = SFTModule((mistral() if kind == "mistral" else policy(kind)).double(), packing=packing).eval()
+        loss = module.differentiated(batch(*rows, pads=2))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in module.policy.parameters() if p.grad is not None]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert (gradients[1] - gradients[0]).norm() < 1e-6 * gradients[0].norm()
+
+
+def shapes_read(module: SFTModule) -> list[tuple[int, ...]]:
+    """The shapes of the ids that the network's body reads from now on."""
+    shapes: list[tuple[int, ...]] = []
+    module.policy.base_model.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
+
+
+def test_packed_sequences_are_read_in_fewer_rows_after_a_look_at_the_two_shortest(
+    policy: Callable[..., Any], fit: Callable[..., Any]
+) -> None:
+    module, data = SFTModule(policy(), packing=True), batch(*MANY, pads=3)
+    shapes = shapes_read(module)
+    fit(module, [data, data], val=[data], max_steps=2)
+    # What tells whether the output layer is plain reads two tokens.
+    assert [shape for shape in shapes if shape != (1, 2)] == [(2, 11), (1, 7), (2, 8), (2, 8), (3, 11)]
+
+
+def test_attention_that_takes_lengths_reads_a_batch_in_one_row(
+    policy: Callable[..., Any], fit: Callable[..., Any], flash_by_lengths: str
+) -> None:
+    network = policy()
+    network.config._attn_implementation = flash_by_lengths
+    module = SFTModule(network, packing=True)
+    shapes = shapes_read(module)
+    logged = fit(module, [batch(*MANY, pads=3)], max_steps=1)
+    assert shapes[-1] == (1, 15)
+    assert logged["sft/loss"] == pytest.approx([token_losses(policy(), *MANY).mean().item()], rel=1e-4)
+
+
+def opt() -> Any:
+    """A network that finds positions from its mask."""
+    config = OPTConfig(vocab_size=258, hidden_size=16, ffn_dim=32, word_embed_proj_dim=16, num_hidden_layers=2)
+    config.num_attention_heads, config.init_std = 2, 0.3
+    return OPTForCausalLM(config)
+
+
+def mamba() -> Any:
+    """A network whose state goes through all of a row."""
+    return MambaForCausalLM(MambaConfig(vocab_size=258, hidden_size=16, num_hidden_layers=2, initializer_range=0.3))
+
+
+@pytest.mark.parametrize("make", [opt, mamba])
+def test_a_network_that_does_not_keep_sequences_apart_is_refused_on_the_first_batch(
+    make: Callable[[], Any], fit: Callable[..., Any]
+) -> None:
+    torch.manual_seed(0)
+    module = SFTModule(make(), packing=True)
+    with pytest.raises(InputError, match=r"packing=True moves log-probabilities of \w+ForCausalLM by .* set packing="):
+        fit(module, [batch([[9, 1], [8]], [[0, 1], [0]]), batch(*MANY)], max_epochs=1)
+
+
+def test_the_look_at_packing_takes_no_noise_from_the_training(policy: Callable[..., Any]) -> None:
+    module = SFTModule(policy("gpt2", resid_pdrop=0.5), packing=True)
+    torch.manual_seed(3)
+    module._check_packing(batch(*MANY))
+    found = torch.rand(4)
+    torch.manual_seed(3)
+    assert torch.equal(found, torch.rand(4))
+    assert module.policy.training
+
+
+def test_packed_sequences_are_trained_on_in_mixed_precision_from_the_first_batch_on(
+    policy: Callable[..., Any], fit: Callable[..., Any], weights: Callable[..., Any]
+) -> None:
+    trained, losses = [], []
+    for packing in (False, True):
+        module = SFTModule(policy(), learning_rate=1e-2, packing=packing)
+        losses.append(fit(module, [batch(*MANY)], max_epochs=3, precision="bf16-mixed")["sft/loss"])
+        trained.append(weights(module.policy))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    before = weights(policy())
+    for name, weight in trained[1].items():
+        moved = (weight - before[name]).norm()
+        assert moved == pytest.approx((trained[0][name] - before[name]).norm().item(), rel=0.1), name
+        assert moved > 0, name
 
 
 def test_the_folder_is_loaded_by_transformers_alone(

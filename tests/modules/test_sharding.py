@@ -242,6 +242,23 @@ def test_two_processes_train_as_one_with_both_parts_of_the_batch(
 
 
 @pytest.mark.parametrize(
+    ("stage", "strategy"),
+    [
+        ("sft", "ddp"),
+        ("reward", "ddp"),
+        ("sft", "fsdp2"),
+        pytest.param("sft", "fsdp", marks=pytest.mark.proof),
+    ],
+)
+def test_two_processes_that_pack_train_as_one_that_pads(
+    stage: str, strategy: str, train: Callable[..., Any], processes: Callable[..., list[Any]]
+) -> None:
+    one = train(stage)
+    found = processes(2, lambda rank: train(stage, 2, rank, strategy, packing=True))
+    assert_equal_runs(found[0], one)
+
+
+@pytest.mark.parametrize(
     ("strategy", "gather"),
     [("ddp", "auto"), pytest.param("fsdp2", "always", marks=pytest.mark.proof), ("fsdp2", "never")],
 )
@@ -440,7 +457,7 @@ def test_ppo_refuses_fsdp_before_anything_else(make: Callable[..., Any], trainer
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
-@pytest.mark.parametrize("setting", [{"lm_coef": 0.1}, {"share_prompts": True}])
+@pytest.mark.parametrize("setting", [{"lm_coef": 0.1}, {"share_prompts": True}, {"packing": True}])
 def test_what_reads_parts_of_a_reward_model_is_refused_where_weights_are_sharded(
     setting: dict[str, Any],
     strategy: str,

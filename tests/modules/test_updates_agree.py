@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_lightning.modules import PPOModule, SFTModule
+from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.networks import predictions as output_layer
-from rlhf_lightning.types import PromptBatch, SFTBatch
+from rlhf_lightning.types import ComparisonBatch, PromptBatch, SFTBatch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
@@ -49,6 +49,53 @@ def test_fine_tuning_with_logits_where_they_count(
     assert len(after) == UPDATES
     assert min(after) < 0.9 * after[0]
     assert after == pytest.approx(losses(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_fine_tuning_on_packed_sequences(kind: str, policy: Callable[..., Any], fit: Callable[..., Any]) -> None:
+    def losses(*, packing: bool) -> list[float]:
+        module = SFTModule(policy(kind), learning_rate=1e-2, packing=packing)
+        return list(fit(module, demonstrations(UPDATES), max_epochs=1)["sft/loss"])
+
+    packed = losses(packing=True)
+    assert len(packed) == UPDATES
+    assert min(packed) < 0.9 * packed[0]
+    assert packed == pytest.approx(losses(packing=False), rel=1e-4)
+
+
+def comparisons(count: int) -> list[ComparisonBatch]:
+    """Three prompts with two to four responses, of which some tie."""
+    noise, batches = torch.Generator().manual_seed(2), []
+    prompt_index = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2])
+    for _ in range(count):
+        lengths = torch.randint(5, 20, (9, 1), generator=noise)
+        tokens = torch.randint(2, 258, (9, 20), generator=noise)
+        place = torch.arange(20).expand(9, 20)
+        # The prompt of a response is that of its neighbours.
+        tokens = tokens.where(place > 2, prompt_index.unsqueeze(1) + 40)
+        mask = place < lengths
+        ranks = torch.tensor([0, 1, 0, 1, 1, 0, 1, 2, 3])
+        ratings = 4.0 - ranks
+        batches.append(ComparisonBatch(tokens.where(mask, 0), mask, mask & (place > 2), prompt_index, ranks, ratings))
+    return batches
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_reward_model_on_packed_sequences(
+    kind: str, share_prompts: bool, classifier: Callable[..., Any], tokenizer: Any, fit: Callable[..., Any]
+) -> None:
+    def losses(**settings: bool) -> list[float]:
+        network = classifier(kind, tie_word_embeddings=True)
+        module = RewardModule(
+            network, tokenizer=tokenizer, learning_rate=1e-2, margin_coef=0.1, lm_coef=0.1, **settings
+        )
+        logged = fit(module, comparisons(UPDATES), max_epochs=1)
+        return [*logged["reward/loss"], *logged["reward/lm_loss"]]
+
+    packed = losses(packing=True, share_prompts=share_prompts)
+    assert len(packed) == 2 * UPDATES
+    assert packed == pytest.approx(losses(), rel=1e-3)
 
 
 @pytest.mark.parametrize("settings", [{}, {"entropy_coef": 0.1, "temperature": 0.7, "advantage": "rloo"}])

@@ -6,7 +6,15 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
 from rlhf_lightning.functional.masking import position_ids
@@ -37,6 +45,13 @@ def cohere() -> Any:
     return CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)).eval()
 
 
+def opt() -> Any:
+    """A network that calls parts of its body in its place, so that nothing is seen of the body's call."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": 64, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2}
+    return OPTForCausalLM(OPTConfig(**settings, num_attention_heads=2, init_std=0.3)).eval()
+
+
 def whole(network: Any, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """From all logits, position by position."""
     logits = network(input_ids=TOKENS, attention_mask=MASK.long(), use_cache=False).logits
@@ -52,14 +67,18 @@ def gradients(network: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(
-    params=["llama", "tied llama", "gpt2", "gemma with a cap", "cohere with a scale", "adapter in the head"]
+    params=["llama", "tied llama", "gpt2", "gemma with a cap", "cohere with a scale", "opt", "adapter in the head"]
 )
 def network(request: pytest.FixtureRequest, policy: Callable[..., Any]) -> Any:
     kind = request.param
     if kind == "adapter in the head":
         model = policy()
         return inject_adapter_in_model(LoraConfig(target_modules=["lm_head", "q_proj"], init_lora_weights=False), model)
-    made = {"gemma with a cap": lambda: gemma(final_logit_softcapping=3.0), "cohere with a scale": cohere}
+    made = {
+        "gemma with a cap": lambda: gemma(final_logit_softcapping=3.0),
+        "cohere with a scale": cohere,
+        "opt": opt,
+    }
     return made[kind]() if kind in made else policy(kind.split()[-1], tie_word_embeddings="tied" in kind)
 
 
@@ -90,7 +109,7 @@ def test_logits_are_those_that_predict_the_counted_tokens(network: Any) -> None:
 def test_a_plain_layer_is_found_and_all_others_are_not(policy: Callable[..., Any]) -> None:
     for plain in (policy(), policy("gpt2"), policy(tie_word_embeddings=True), gemma(final_logit_softcapping=None)):
         assert plain_head(plain) is plain.lm_head
-    for other in (gemma(final_logit_softcapping=3.0), gemma(final_logit_softcapping=1e4), cohere()):
+    for other in (gemma(final_logit_softcapping=3.0), gemma(final_logit_softcapping=1e4), cohere(), opt()):
         assert plain_head(other) is None
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_lightning.networks.shared_prompts import last_hidden_state, share_prompts
+from rlhf_lightning.networks.packing import last_hidden_state
+from rlhf_lightning.networks.shared_prompts import share_prompts
 
 # Two prompts; the first two responses begin alike, and one sequence is the beginning of another.
 SEQUENCES = [[[50, 60, 61, 1], [50, 60, 62, 63, 1]], [[70, 71, 30, 31], [70, 71, 30, 31, 32, 1], [70, 71, 1]]]
@@ -65,3 +66,17 @@ def test_one_response_is_a_row_as_it_is() -> None:
     shared = share_prompts(tokens, tokens > 0, torch.tensor([0]))
     assert shared.tokens.tolist() == [[5, 6, 7]]
     assert shared.attention_mask[0, 0].tolist() == torch.ones(3, 3).tril().bool().tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_several_prompts_with_their_responses_may_be_in_one_row(kind: str, classifier: Callable[..., Any]) -> None:
+    network = classifier(kind)
+    tokens, mask, prompt_index = padded(1)
+    # A third prompt as long as the first two together.
+    tokens = torch.cat([torch.nn.functional.pad(tokens, (0, 8)), torch.tensor([[90] + [91] * 12 + [1] * 2] * 2)])
+    mask, prompt_index = tokens > 0, torch.cat([prompt_index, torch.tensor([2, 2])])
+    alone, packed = (share_prompts(tokens, mask, prompt_index, packing=packing) for packing in (False, True))
+    assert alone.tokens.shape == (3, 16)
+    assert packed.tokens.shape == (2, 16)
+    expected, found = (last_hidden_state(network.base_model, x)[x.rows, x.columns][mask] for x in (alone, packed))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
