@@ -1,5 +1,6 @@
 """Fine-tuning on demonstrations, and pre-training on raw text: next-token prediction."""
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
+from rlhf_lightning.callbacks import Work
 from rlhf_lightning.errors import InputError, check_number
 from rlhf_lightning.functional.schedules import Schedule
 from rlhf_lightning.modules.hardware import OptimizerName
@@ -18,6 +20,7 @@ from rlhf_lightning.modules.language import (
     sft_predictions,
 )
 from rlhf_lightning.networks import Model, load_policy, stop_token_ids
+from rlhf_lightning.networks.flops import Flops, Reading, flops_of
 from rlhf_lightning.types import SFTBatch
 
 if TYPE_CHECKING:
@@ -106,6 +109,16 @@ class SFTModule(LanguageModule):
     def differentiated(self, batch: SFTBatch) -> Tensor:
         """Return the sum of the losses of all tokens that count: what the gradient is found of, but for a factor."""
         return -sft_predictions(self.policy, batch).total_logprob()
+
+    @cached_property
+    def flops(self) -> Flops | None:
+        """The sizes that operations follow from; None where they do not."""
+        return flops_of(self.policy)
+
+    def work(self, batch: SFTBatch) -> Work:
+        """Return how many tokens were read and trained on, and the operations that this takes."""
+        read = Reading.of(batch.attention_mask, batch.loss_mask)
+        return Work(read.tokens, None if self.flops is None else self.flops.training(read))
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
         """Measure loss, perplexity and token accuracy over the tokens that count."""
