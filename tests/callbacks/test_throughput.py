@@ -1,4 +1,5 @@
 import csv
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -172,6 +173,20 @@ def test_two_processes_count_the_tokens_of_both(
     # The operations are the same ones, and the peaks of two processes are added.
     flops = [found["flops_per_second"] * seconds_of_a_batch(found) for found in (first, alone)]
     assert flops[0] == pytest.approx(flops[1], rel=1e-12)
+
+
+def test_weights_and_biases_has_them_in_its_history(
+    tiny_model: Path, tmp_path: Path, wandb_records: Callable[[Path], list[Any]]
+) -> None:
+    logger = WandbLogger(project="fast", save_dir=tmp_path, offline=True)
+    whole = fit(SFTModule(str(tiny_model)), demonstrations(), tmp_path, logger=logger, log_every_n_steps=2).summary
+    logger.experiment.finish()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    records = [record.history.item for record in wandb_records(run) if record.WhichOneof("record_type") == "history"]
+    rows = [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in row} for row in records]
+    (row,) = [row for row in rows if "throughput/tokens_per_second" in row]
+    assert row["trainer/global_step"] == 1
+    assert {name: row[f"throughput/{name}"] for name in whole} == whole
 
 
 # Operations ---------------------------------------------------------------------
