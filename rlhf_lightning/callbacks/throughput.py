@@ -33,7 +33,7 @@ class Work:
     flops: Tensor | None
     """Floating-point operations that the method takes, None where they are not known."""
     sampled_tokens: Tensor | None = None
-    """Tokens of responses, where some are sampled."""
+    """Tokens of responses, where some are sampled, in a phase called ``sampling``."""
 
 
 @runtime_checkable
