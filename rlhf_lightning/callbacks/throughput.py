@@ -96,9 +96,10 @@ class Throughput(Callback):
             return
         self._logged_at = step
         found = figures(self._sums(trainer), peak=self._peak, processes=self._processes)
+        row = {f"throughput/{name}": value for name, value in found.items()} | {"epoch": trainer.current_epoch}
         for logger in trainer.loggers:
-            # The loggers count from 0.
-            logger.log_metrics({f"throughput/{name}": value for name, value in found.items()}, step=step - 1)
+            # As Lightning counts the steps of its rows, from 0.
+            logger.log_metrics(row, step=step - 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the batches since the last log to the run's, and stop the clock."""
