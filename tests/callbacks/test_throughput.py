@@ -316,7 +316,8 @@ def test_phases_add_up_to_the_step_and_the_shares_to_one(tiny_model: Path, tmp_p
     for row, seconds in zip(logged(tmp_path), watch.seconds, strict=True):
         assert all(row[f"seconds_{phase}"] > 0 for phase in PHASES)
         phases = sum(row[f"seconds_{phase}"] for phase in PHASES)
-        assert 0.93 * row["seconds_step"] < phases < row["seconds_step"]
+        # The first step does beside them what is done once in a process.
+        assert (0.93 if row["step"] else 0.7) * row["seconds_step"] < phases < row["seconds_step"]
         # By another clock: that of the step, and of what is around it.
         assert 0.8 * seconds < row["seconds_step"] < seconds
         assert row["share_step"] + row["share_waiting"] == pytest.approx(1, rel=1e-9)
