@@ -1,4 +1,4 @@
-"""What a Trainer may carry beside the modules: checkpoints, export, sample tables, monitors, history."""
+"""What a Trainer may carry beside the modules: checkpoints, export, sample tables, monitors, history, throughput."""
 
 from rlhf_lightning.callbacks.checkpoint import ResumeCheckpoint
 from rlhf_lightning.callbacks.checkpoint_file import AtomicCheckpointIO, checkpoints, newest_whole
@@ -6,6 +6,7 @@ from rlhf_lightning.callbacks.export import HuggingFaceExport
 from rlhf_lightning.callbacks.history import History
 from rlhf_lightning.callbacks.resume import ExactResume
 from rlhf_lightning.callbacks.rollouts import RolloutModule, SampleTable, ScoreMonitor
+from rlhf_lightning.callbacks.throughput import MeasuredModule, Throughput, Work
 from rlhf_lightning.callbacks.tracking import log_figures, log_headline
 
 __all__ = [
@@ -13,10 +14,13 @@ __all__ = [
     "ExactResume",
     "History",
     "HuggingFaceExport",
+    "MeasuredModule",
     "ResumeCheckpoint",
     "RolloutModule",
     "SampleTable",
     "ScoreMonitor",
+    "Throughput",
+    "Work",
     "checkpoints",
     "log_figures",
     "log_headline",

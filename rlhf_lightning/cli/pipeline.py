@@ -402,7 +402,7 @@ def train(settings: Config, stage: str, folder: Path, callbacks: "list[Callback]
     """
     from lightning import seed_everything
 
-    from rlhf_lightning.callbacks import History, newest_whole
+    from rlhf_lightning.callbacks import History, Throughput, newest_whole
 
     ckpt_path = newest_whole(checkpoints)
     if ckpt_path is not None:
@@ -418,10 +418,12 @@ def train(settings: Config, stage: str, folder: Path, callbacks: "list[Callback]
     with closing_loggers(trainer.loggers), trainers_refusals():
         log_settings(trainer, settings)
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    speeds = [callback.summary for callback in trainer.callbacks if isinstance(callback, Throughput)]  # type: ignore[attr-defined]
     return {
         "steps": trainer.global_step,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "curves": history.curves,
+        "throughput": speeds[0] if speeds else {},
     }
 
 

@@ -42,6 +42,15 @@ PPO_PANELS = {
 }
 """Title, subtitle and colour of what is drawn of PPO, from left to right."""
 
+PARTS = {
+    "waiting": ("waiting for data", "#9aa5b1"),
+    "sampling": ("sampling", "#c8571b"),
+    "scoring": ("scoring", "#2a7f62"),
+    "updating": ("updating", "#3a7ebf"),
+    "rest": ("the rest of the step", "#d9dee4"),
+}
+"""Name and colour of what the time of training is spent on, from left to right."""
+
 # Told apart by colour-blind readers, and in grey by their lightness (after Okabe and Ito 2008).
 COLORS = {"pretrained": "#9aa5b1", "start": "#9aa5b1", "sft": "#3a7ebf", "ppo": "#c8571b"}
 SCORE, JUDGE, KL = "#c8571b", "#2a7f62", "#5b5f97"
@@ -110,6 +119,44 @@ def training_curves_figure(curves: Mapping[str, Mapping[str, Curve]]) -> "Figure
         _title(axes, STAGES.get(stage, stage), "loss, nats")
         axes.set_xlabel("steps", color=QUIET, fontsize=9)
     return figure
+
+
+def time_figure(throughput: Mapping[str, Mapping[str, float]]) -> "Figure":
+    """Draw what the time of each stage was spent on: `time_shares` of what `Throughput.summary` says of each."""
+    figure, (axes,) = _figure(7.6, 0.42 * len(throughput) + 1.1)
+    drawn: dict[str, Any] = {}
+    for place, found in enumerate(throughput.values()):
+        left = 0.0
+        for part, share in time_shares(found).items():
+            width = 100 * share
+            drawn[part] = axes.barh(place, width, left=left, height=0.62, color=PARTS[part][1], zorder=2)
+            if width >= 6:
+                ink = INK if part in ("rest", "waiting") else "white"
+                axes.text(left + width / 2, place, f"{width:.0f} %", ha="center", va="center", fontsize=9, color=ink)
+            left += width
+    axes.set_yticks(range(len(throughput)), [STAGES.get(stage, stage) for stage in throughput], fontsize=10, color=INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)])
+    axes.grid(visible=False, axis="y")
+    parts = [part for part in PARTS if part in drawn]
+    named = [PARTS[part][0] for part in parts]
+    handles = [drawn[part] for part in parts]
+    figure.legend(handles, named, loc="outside lower center", ncols=len(PARTS), frameon=False, fontsize=9)
+    return figure
+
+
+def time_shares(throughput: Mapping[str, float]) -> dict[str, float]:
+    """Return the shares of the time of training by the names of `PARTS`; they add up to 1.
+
+    A step without phases is an update.
+    """
+    phases = [name for name in ("sampling", "scoring", "updating") if f"share_{name}" in throughput]
+    step = throughput["share_step"]
+    found = {name: throughput[f"share_{name}"] for name in ("waiting", *phases)}
+    if not phases:
+        return found | {"updating": step}
+    return found | {"rest": step - sum(found[name] for name in phases)}
 
 
 def _accuracy_by_margin(axes: "Axes", card: RewardCard, ceiling: float | None) -> None:

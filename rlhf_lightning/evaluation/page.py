@@ -37,6 +37,7 @@ ALTERNATIVES = {
     "reward": "Left: accuracy by size of the margin. Right: accuracy by confidence",
     "ppo": "Curves over rollouts: score, judge's score, KL",
     "training": "Curves of the loss of each stage",
+    "time": "Bars: what the time of each stage was spent on",
 }
 """What is said of a figure to those who cannot see it."""
 
@@ -50,6 +51,7 @@ def page(report: Report, figures: Mapping[str, str]) -> str:
         _reward(report, figures),
         _ppo(report, figures),
         _samples(report),
+        _speed(report, figures),
         _run(report, figures),
     ]
     return (
@@ -193,6 +195,30 @@ def _answer(policy: str, text: str, score: float | None) -> str:
     return f'<div class="answer {_css_class(policy)}">{head}<p>{shown}</p></div>'
 
 
+def _speed(report: Report, figures: Mapping[str, str]) -> str:
+    """Return how fast each stage was trained, and what its time was spent on."""
+    rows = [
+        [
+            STAGES.get(stage, stage),
+            scientific(found["tokens_per_second"]),
+            scientific(found.get("sampled_tokens_per_second")),
+            scientific(found.get("flops_per_second")),
+            percent(found.get("share_of_peak"), 1),
+            f"{number(found['seconds_step'])} s",
+        ]
+        for stage, found in report["throughput"].items()
+    ]
+    if not rows:
+        return ""
+    note = (
+        "Real tokens of training a second, without padding; tokens sampled in a second of sampling; operations of the "
+        "method a second, and their share of what the device was measured to do in products of matrices; seconds of a "
+        "step. Validation, checkpoints and export are not in it."
+    )
+    head = ["stage", "tokens/s", "sampled/s", "FLOP/s", "of the peak", "step"]
+    return _section("How fast it was", note, _figure("time", figures) + table(head, rows))
+
+
 def _run(report: Report, figures: Mapping[str, str]) -> str:
     """Return what is needed to know how the numbers came about."""
     seconds = report["seconds"]
@@ -250,6 +276,17 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def scientific(value: float | None) -> str:
+    """Return a large number with a unit of thousands."""
+    if value is None:
+        return "–"
+    for unit in ("", "k", "M", "G", "T"):
+        if value < 1000:
+            return f"{value:.3g} {unit}".strip()
+        value /= 1000
+    return f"{value:.3g} P"
 
 
 def duration(seconds: float) -> str:

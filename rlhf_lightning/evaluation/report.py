@@ -10,6 +10,7 @@ from rlhf_lightning.evaluation.figures import (
     PPO_PANELS,
     ppo_curves_figure,
     reward_figure,
+    time_figure,
     training_curves_figure,
     win_rate_figure,
 )
@@ -30,8 +31,8 @@ def write_report(report: Report, folder: str | Path) -> Path:
     """Write report.json, report.html and figures/*.png below ``folder``; return the path of the page.
 
     Needed keys: ``judge`` ("world", "reward model" or "reward function"), ``seed``, ``win_rate``, ``judge_score``,
-    ``reward``, ``ppo``, ``seconds``, ``peak_memory_gb``, ``curves``, ``samples``, ``versions``; they are empty where a
-    stage was not run.
+    ``reward``, ``ppo``, ``seconds``, ``throughput``, ``peak_memory_gb``, ``curves``, ``samples``, ``versions``; they
+    are empty where a stage was not run.
     """
     folder = Path(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ def write_report(report: Report, folder: str | Path) -> Path:
 
 
 def report_figures(report: Report) -> dict[str, "Figure"]:
-    """Return the figures that can be drawn of the report by name: win_rate, reward, ppo, training."""
+    """Return the figures that can be drawn of the report by name: win_rate, reward, ppo, training, time."""
     figures: dict[str, Figure] = {}
     if report["win_rate"]:
         figures["win_rate"] = win_rate_figure({name: interval(rate) for name, rate in report["win_rate"].items()})
@@ -60,6 +61,8 @@ def report_figures(report: Report) -> dict[str, "Figure"]:
     losses = {stage: _losses(curves[stage]) for stage in curves if _losses(curves[stage])}
     if losses:
         figures["training"] = training_curves_figure(losses)
+    if report["throughput"]:
+        figures["time"] = time_figure(report["throughput"])
     return figures
 
 

@@ -32,6 +32,7 @@ def summarise(records: Mapping[str, Record], *, seed: int, judge: str, samples: 
         "ppo": _ppo(records, evidence),
         "sft": records["sft"]["result"]["metrics"] if "sft" in records else {},
         "seconds": seconds | {"total": round(sum(seconds.values()), 2)},
+        "throughput": _throughput(records),
         "peak_memory_gb": max(record["peak_memory_gb"] for record in records.values()),
         "curves": {stage: records[stage]["result"]["curves"] for stage in STAGES if stage in records},
         "samples": _samples(evidence, verdicts, samples),
@@ -68,6 +69,12 @@ def _ppo(records: Mapping[str, Record], evidence: Mapping[str, Any]) -> dict[str
         "score": {"before": mean(scores[reference]), "after": mean(scores["ppo"])},
         "rollouts": records["ppo"]["result"]["steps"],
     }
+
+
+def _throughput(records: Mapping[str, Record]) -> dict[str, dict[str, float]]:
+    """Return how fast each stage was trained, of those that were measured."""
+    results = {stage: records[stage]["result"] for stage in STAGES if stage in records}
+    return {stage: result["throughput"] for stage, result in results.items() if result.get("throughput")}
 
 
 def _samples(evidence: Mapping[str, Any], verdicts: Mapping[str, list[float]], count: int) -> list[dict[str, Any]]:

@@ -77,6 +77,9 @@ class LanguageModule(LightningModule):
     update_is_made_from: ClassVar[type[Record]]
     """The record that an update is made from, and that one that is not finite is kept as."""
 
+    phases: ClassVar[tuple[str, ...]] = ()
+    """What the Trainer's profiler is told that a training step consists of."""
+
     def __init__(self, model: Model, tokenizer: "PreTrainedTokenizerBase | None", *, max_bad_updates: int) -> None:
         """Take the folder's tokenizer unless one is given; a bare network may get it from the DataModule."""
         super().__init__()

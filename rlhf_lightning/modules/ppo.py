@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict
+from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -17,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from rlhf_lightning.callbacks import Work
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.dtensors import whole
 from rlhf_lightning.functional.kl import adapted_beta, k1, k1_weighted, k2
@@ -45,6 +47,7 @@ from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, s
 from rlhf_lightning.networks.checkpointing import checkpoint_blocks, is_checkpointed
 from rlhf_lightning.networks.critic import Copy, TrunkCritic, new_value_head
 from rlhf_lightning.networks.embeddings import embeddings_and_heads
+from rlhf_lightning.networks.flops import Flops, Reading, flops_of
 from rlhf_lightning.networks.lora import train_adapter
 from rlhf_lightning.networks.offloading import HostWeights
 from rlhf_lightning.networks.roles import frozen, have_one_backbone, on_the_same_backbone, reference_of
@@ -66,7 +69,7 @@ from rlhf_lightning.rollout.metrics import critic_metrics, rollout_metrics
 from rlhf_lightning.rollout.reward import Reward, RewardSetting, load_reward
 from rlhf_lightning.rollout.score import response_predictions, response_values, score_rollout, spread
 from rlhf_lightning.rollout.shaping import MissingEOS, Normalization, RunningMoments, Shaping
-from rlhf_lightning.types import Experience, PromptBatch, Rollout, ScoredRollout
+from rlhf_lightning.types import Experience, PromptBatch, Rollout, ScoredRollout, SFTBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,6 +105,7 @@ class PPOModule(LanguageModule):
     stage = "ppo"
     reads = PromptBatch
     update_is_made_from = Experience
+    phases = ("sampling", "scoring", "updating")
 
     def __init__(
         self,
@@ -224,10 +228,14 @@ class PPOModule(LanguageModule):
         self.beta = beta
         self.updates = 0
         self._share_made = 1.0
+        self._updates_made = 0
+        """Of the last rollout."""
         self.seen_scores = RunningMoments()
         self.seen_rewards = RunningMoments()
         self.ptx_batches: BatchStream | None = None
         self.ptx_drawn = 0
+        self._texts: list[SFTBatch] = []
+        """That were read beside the last rollout."""
         # In a closure: a network that was given here is registered once, as part of `reward`.
         self._load_reward = lambda: load_reward(
             reward,
@@ -342,6 +350,7 @@ class PPOModule(LanguageModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample a rollout, score it, estimate advantages, and update policy and critic."""
         self.check_minibatches(len(batch))
+        self._texts = []
         rollout = self.generate(self.with_samples(batch), self.trainer.global_step)
         scored = self.score(rollout)
         parts = self.shaping(scored, self.seen_scores, sum_over_ranks=self.sum_over_ranks)
@@ -358,6 +367,38 @@ class PPOModule(LanguageModule):
         for name, value in metrics.items():
             self.log(f"ppo/{name}", value, prog_bar=name in ("score", "kl"), batch_size=len(batch))
         self.scored_rollout = scored
+
+    @cached_property
+    def flops(self) -> tuple[list[Flops], list[Flops]] | None:
+        """The sizes that operations follow from, of what is trained, the policy first, and of what is not.
+
+        None where they do not follow.
+        """
+        trained = [flops_of(network) for network in (self.policy, self.critic) if network is not None]
+        models = [part.reward_model for part in self._reward.models().values()]
+        frozen = [flops_of(network) for network in (self.reference, *models)]
+        known = [[sizes for sizes in part if sizes is not None] for part in (trained, frozen)]
+        return (known[0], known[1]) if known == [trained, frozen] else None
+
+    def work(self, batch: PromptBatch) -> Work:
+        """Return how many tokens the last rollout has, with texts read beside it, and the operations that it took.
+
+        The policy samples it, all networks read it for the scores, and policy and critic with each pass of the updates;
+        a reward model is taken to read the policy's tokens.
+        """
+        rollout = self.scored_rollout
+        assert rollout is not None
+        read = Reading.of(rollout.attention_mask, rollout.response_mask)
+        texts = [Reading.of(text.attention_mask, text.loss_mask) for text in self._texts]
+        tokens = torch.stack([read.tokens, *(text.tokens for text in texts)]).sum()
+        if self.flops is None:
+            return Work(tokens, None, sampled_tokens=read.predicted)
+        trained, frozen = self.flops
+        passes = self._updates_made * self.minibatch_size / len(rollout)
+        parts = [trained[0].forward(read), *(sizes.forward(read) for sizes in (*trained, *frozen))]
+        parts += [passes * sizes.training(read) for sizes in trained]
+        parts += [trained[0].training(text) for text in texts]
+        return Work(tokens, sum(parts[1:], start=parts[0]), sampled_tokens=read.predicted)
 
     def with_samples(self, batch: PromptBatch) -> PromptBatch:
         """Return each prompt ``samples_per_prompt`` times, the samples of one prompt next to each other."""
@@ -452,7 +493,7 @@ class PPOModule(LanguageModule):
                 made.append(steps[-1])
             if last:
                 break
-        self._share_made = len(made) / len(steps)
+        self._updates_made, self._share_made = len(steps), len(made) / len(steps)
         means = {name: torch.stack([step[name] for step in made or steps]).mean() for name in steps[0]}
         state = {"learning_rate": self._learning_rate, "updates": self.updates, "beta": self.beta}
         return means | {name: torch.tensor(float(value), dtype=torch.float32) for name, value in state.items()}
@@ -587,16 +628,23 @@ class PPOModule(LanguageModule):
         if any(errors):
             raise refusal(errors, off="PPOModule(preflight=False), module.preflight=false, trains without this check")
 
-    def _phase(self, name: str, batch: PromptBatch) -> AbstractContextManager[None]:
-        """Return the block of a phase of the rollout of a batch, which says so if it runs out of memory."""
+    @contextmanager
+    def _phase(self, name: str, batch: PromptBatch) -> Iterator[None]:
+        """Hold the block of a phase of the rollout of a batch, which says so if it runs out of memory.
+
+        The Trainer's profiler hears of it.
+        """
         size = f"module.micro_batch_size={self.micro_batch_size}"
         sampled = f"data.batch_size or module.samples_per_prompt={self.samples_per_prompt}"
-        return naming_phase(
+        naming = naming_phase(
             name,
             lambda: ppo_memory(self, self.device, sequences=len(batch), prompt_length=batch.prompt_tokens.shape[1]),
             helps=f"less of {sampled if name == 'sampling' else size}, or of module.max_new_tokens="
             f"{self.max_new_tokens}",
         )
+        profiler: Any = None if self._trainer is None else self._trainer.profiler  # type: ignore[attr-defined]
+        with naming, nullcontext() if profiler is None else profiler.profile(name):
+            yield
 
     @property
     def _reward(self) -> Reward:
@@ -704,6 +752,7 @@ class PPOModule(LanguageModule):
         batch = next(batches).to(self.device)
         self.bad_updates.records.append(batch)
         self.ptx_drawn = batches.drawn
+        self._texts.append(batch)
         tokens = self.sum_over_ranks(batch.loss_mask.sum().float())
         losses: list[Tensor] = []
         for rows in torch.arange(len(batch), device=self.device).split(self.micro_batch_size):

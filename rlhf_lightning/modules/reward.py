@@ -2,6 +2,8 @@
 
 import logging
 import math
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
+from rlhf_lightning.callbacks import Work
 from rlhf_lightning.errors import InputError, check_number, check_seed
 from rlhf_lightning.functional.head_logprobs import head_logprobs
 from rlhf_lightning.functional.losses import k_wise_loss, pairwise_logistic_loss, ranked_pairs, ranking_loss
@@ -24,6 +27,7 @@ from rlhf_lightning.modules.language import (
 )
 from rlhf_lightning.modules.sharding import callable_outside_of_steps, shards_weights, writable
 from rlhf_lightning.networks import Model, load_reward_model
+from rlhf_lightning.networks.flops import Flops, Reading, flops_of
 from rlhf_lightning.networks.packing import (
     Packed,
     check_moved,
@@ -194,6 +198,21 @@ class RewardModule(LanguageModule):
         """Return the sum of all that the loss is made of, whose backward holds as much as that of the loss."""
         scores, best_logprobs = self._read(batch, self._packed(batch))
         return scores.sum() + best_logprobs.sum()
+
+    @cached_property
+    def flops(self) -> Flops | None:
+        """The sizes that operations follow from; with ``lm_coef`` the embeddings are an output layer, too."""
+        found = flops_of(self.reward_model)
+        if found is None or not self.lm_coef:
+            return found
+        embeddings: Any = self.reward_model.get_input_embeddings()
+        weight = embeddings.weight
+        return replace(found, head=weight.numel(), trained_head=weight.numel() if weight.requires_grad else 0)
+
+    def work(self, batch: ComparisonBatch) -> Work:
+        """Return how many tokens were read and trained on, prompts with each of their responses, and the operations."""
+        read = Reading.of(batch.attention_mask, batch.response_mask & (batch.ranks == 0).unsqueeze(1))
+        return Work(read.tokens, None if self.flops is None else self.flops.training(read))
 
     def on_train_batch_start(self, batch: ComparisonBatch, batch_idx: int) -> None:
         """Look once whether reading several sequences in one row changes scores."""

@@ -1,6 +1,7 @@
 """Fine-tuning on demonstrations, and pre-training on raw text: next-token prediction."""
 
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
+from rlhf_lightning.callbacks import Work
 from rlhf_lightning.errors import InputError, check_number
 from rlhf_lightning.functional.schedules import Schedule
 from rlhf_lightning.modules.hardware import OptimizerName
@@ -19,6 +21,7 @@ from rlhf_lightning.modules.language import (
     sft_predictions,
 )
 from rlhf_lightning.networks import Model, load_policy, stop_token_ids
+from rlhf_lightning.networks.flops import Flops, Reading, flops_of
 from rlhf_lightning.networks.packing import check_moved, largest_move, pack, pack_for, shortest_two
 from rlhf_lightning.preflight.findings import untouched
 from rlhf_lightning.types import SFTBatch
@@ -133,6 +136,16 @@ class SFTModule(LanguageModule):
             alone, together = (sft_predictions(self.policy, pair, rows).logprobs() for rows in (None, packed))
             largest = largest_move(self.policy)
         check_moved("packing", "log-probabilities", (together - alone).abs().mean(), largest, self.policy)
+
+    @cached_property
+    def flops(self) -> Flops | None:
+        """The sizes that operations follow from; None where they do not."""
+        return flops_of(self.policy)
+
+    def work(self, batch: SFTBatch) -> Work:
+        """Return how many tokens were read and trained on, and the operations that this takes."""
+        read = Reading.of(batch.attention_mask, batch.loss_mask)
+        return Work(read.tokens, None if self.flops is None else self.flops.training(read))
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
         """Measure loss, perplexity and token accuracy over the tokens that count."""

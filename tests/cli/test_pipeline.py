@@ -56,6 +56,11 @@ def test_the_report_holds_the_figures_of_every_stage(finished: Path) -> None:
     assert found["reward"]["pairs"] > 0
     assert set(found["ppo"]) >= {"kl", "score"}
     assert set(found["seconds"]) >= {"pretrain", "sft", "reward", "ppo", "evaluate", "total"}
+    assert set(found["throughput"]) == {"pretrain", "sft", "reward", "ppo"}
+    for stage, speed in found["throughput"].items():
+        assert speed["tokens_per_second"] > 0
+        assert 0 < speed["share_of_peak"] < 1
+        assert ("share_sampling" in speed) == (stage == "ppo")
     assert found["peak_memory_gb"] > 0
     assert (finished / "report.html").stat().st_size > 1000
 
@@ -152,6 +157,9 @@ def test_a_pipeline_that_stops_within_stages_goes_on_there_and_ends_bit_for_bit_
         assert one[key] == other[key]
     for stage in ("pretrain", "sft", "reward", "ppo"):
         records = [json.loads((f / "stages" / f"{stage}.json").read_text("utf-8")) for f in (finished, folder)]
+        # Times are all that may differ.
+        speeds = [record["result"].pop("throughput") for record in records]
+        assert speeds[0].keys() == speeds[1].keys()
         assert records[0]["result"] == records[1]["result"]
         weights = [(f / stage / "model.safetensors").read_bytes() for f in (finished, folder)]
         assert weights[0] == weights[1]

@@ -35,6 +35,26 @@ def report() -> dict[str, Any]:
         "reward": {"accuracy": card.accuracy, "pairs": card.pairs, "card": card.as_dict(), "ceiling": 0.81234},
         "ppo": {"reference": "sft", "kl": 8.7, "score": {"before": 0.01, "after": 2.1}, "rollouts": 3},
         "seconds": {"pretrain": 60.2, "sft": 30.0, "ppo": 3700.0, "total": 3790.2},
+        "throughput": {
+            "sft": {
+                "tokens_per_second": 12345.0,
+                "flops_per_second": 3.2e12,
+                "share_of_peak": 0.41,
+                "seconds_step": 0.25,
+                "share_step": 0.98,
+                "share_waiting": 0.02,
+            },
+            "ppo": {
+                "tokens_per_second": 987.0,
+                "sampled_tokens_per_second": 1500.0,
+                "seconds_step": 12.5,
+                "share_step": 0.9,
+                "share_waiting": 0.1,
+                "share_sampling": 0.3,
+                "share_scoring": 0.15,
+                "share_updating": 0.4,
+            },
+        },
         "peak_memory_gb": 1.5,
         "curves": {
             "sft": {"sft/loss": curve(3.0, 2.0, 1.5), "sft/val_loss": curve(2.0)},

@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 
 from rlhf_lightning.evaluation.figures import (
+    PARTS,
     moving_mean,
     ppo_curves_figure,
     reward_figure,
+    time_figure,
+    time_shares,
     training_curves_figure,
     win_rate_figure,
 )
@@ -88,6 +91,25 @@ def test_training_and_held_out_losses_stand_in_one_panel_a_stage(report: dict[st
     assert len(figure.axes) == 2
     assert "Fine-tuning" in texts(figure.axes[0])
     assert "2 held-out" in texts(figure.axes[0])
+
+
+def test_each_stage_has_a_bar_of_what_its_time_was_spent_on(report: dict[str, Any]) -> None:
+    figure = time_figure(report["throughput"])
+    (axes,) = figure.axes
+    bars = [(round(bar.get_y() + bar.get_height() / 2), bar.get_x(), bar.get_width()) for bar in axes.patches]
+    of_ppo = [(0, 10), (10, 30), (40, 15), (55, 40), (95, 5)]
+    expected = [(0, 0, 2), (0, 2, 98), *((1, left, width) for left, width in of_ppo)]
+    assert [bar for found in bars for bar in found] == pytest.approx([x for bar in expected for x in bar])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Fine-tuning", "PPO"]
+    (legend,) = figure.legends
+    # Each once, though both stages wait and update.
+    assert [text.get_text() for text in legend.get_texts()] == [name for name, _ in PARTS.values()]
+
+
+def test_the_shares_of_the_time_add_up(report: dict[str, Any]) -> None:
+    for found in report["throughput"].values():
+        assert sum(time_shares(found).values()) == pytest.approx(1)
+    assert time_shares(report["throughput"]["sft"]) == {"waiting": 0.02, "updating": 0.98}
 
 
 def test_the_moving_mean_keeps_a_line_and_smooths_a_zigzag() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_lightning.evaluation.page import ALTERNATIVES, duration, number, page, percent
+from rlhf_lightning.evaluation.page import ALTERNATIVES, duration, number, page, percent, scientific
 from rlhf_lightning.rollout.reward import EnsembleReward, FunctionReward, ModelReward, Reward, WeightedReward
 
 FIGURES = {name: f"<svg>{name}</svg>" for name in ALTERNATIVES}
@@ -82,6 +82,12 @@ def test_the_reward_models_card_tells_of_length_and_of_the_best_scores(report: d
     assert "score of the best responses, mean ± standard deviation0.62 ± 0.38" in text
 
 
+def test_the_page_says_how_fast_each_stage_was(report: dict[str, Any]) -> None:
+    text = Reader(page(report, FIGURES)).text
+    assert "Fine-tuning12.3 k–3.2 T41.0 %0.25 s" in text
+    assert "PPO9871.5 k––12.50 s" in text
+
+
 def test_samples_stand_side_by_side_with_their_scores(report: dict[str, Any]) -> None:
     text = Reader(page(report, FIGURES)).text
     order = [text.index(part) for part in ("Explain the moon.", "Far away.", "(empty)", "It is.", "It is far.")]
@@ -113,7 +119,7 @@ def test_a_policy_that_nobody_fine_tuned_is_not_called_so(report: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    "missing", ["win_rate", "judge_score", "reward", "ppo", "seconds", "curves", "samples", "versions"]
+    "missing", ["win_rate", "judge_score", "reward", "ppo", "seconds", "throughput", "curves", "samples", "versions"]
 )
 def test_the_page_does_without_any_part(report: dict[str, Any], missing: str) -> None:
     empty: Any = [] if missing == "samples" else {}
@@ -142,6 +148,14 @@ def test_a_reward_that_rises_while_the_judge_falls_is_a_warning(report: dict[str
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.5, "0.5"), (999.0, "999"), (1234.0, "1.23 k"), (5.6e14, "560 T"), (2e18, "2e+03 P"), (None, "–")],
+)
+def test_large_numbers_read_well(value: float | None, text: str) -> None:
+    assert scientific(value) == text
 
 
 def test_missing_numbers_are_a_dash() -> None:

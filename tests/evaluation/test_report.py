@@ -42,7 +42,7 @@ def test_the_same_report_is_the_same_files(report: dict[str, Any], tmp_path: Pat
     for name in ("one", "two"):
         write_report(report, tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
-    assert len(files) == 6
+    assert len(files) == 7
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -50,12 +50,19 @@ def test_the_same_report_is_the_same_files(report: dict[str, Any], tmp_path: Pat
 def test_each_figure_is_a_picture_in_the_folder(report: dict[str, Any], tmp_path: Path) -> None:
     write_report(report, tmp_path)
     pictures = {path.stem for path in (tmp_path / "figures").iterdir()}
-    assert pictures == {"win_rate", "reward", "ppo", "training"}
+    assert pictures == {"win_rate", "reward", "ppo", "training", "time"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "figures").iterdir())
 
 
 @pytest.mark.parametrize(
-    ("missing", "figure"), [("win_rate", "win_rate"), ("reward", "reward"), ("curves", "ppo"), ("curves", "training")]
+    ("missing", "figure"),
+    [
+        ("win_rate", "win_rate"),
+        ("reward", "reward"),
+        ("curves", "ppo"),
+        ("curves", "training"),
+        ("throughput", "time"),
+    ],
 )
 def test_a_stage_that_was_not_run_has_no_figure(report: dict[str, Any], missing: str, figure: str) -> None:
     assert figure in report_figures(report)

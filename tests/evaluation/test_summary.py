@@ -40,6 +40,13 @@ def test_every_figure_is_that_of_its_stage(records: dict[str, Any]) -> None:
     assert (found["seed"], found["prompts"], found["judge"]) == (4, 3, "reward model")
 
 
+def test_speed_is_that_of_the_stages_that_were_measured(records: dict[str, Any]) -> None:
+    # Of the callback that was left out, and of a record from before there was one.
+    records["pretrain"] = record(5.0, throughput={})
+    records["ppo"] = record(20.5, steps=7, throughput={"tokens_per_second": 100.0})
+    assert summarise(records, seed=0, judge="world", samples=1)["throughput"] == {"ppo": {"tokens_per_second": 100.0}}
+
+
 def test_without_a_judge_the_reward_judges(records: dict[str, Any]) -> None:
     found = summarise(records, seed=0, judge="reward model", samples=1)
     assert found["judge_score"] == {"demonstrations": 0.0, "sft": 2.0, "ppo": 5.0}
