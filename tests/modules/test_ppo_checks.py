@@ -126,6 +126,7 @@ def test_every_number_of_the_constructor_is_looked_at() -> None:
         "lam",
         "lr_floor",
         "ema_decay",
+        "micro_batch_tokens",
         "top_p",
     }
     others = {

@@ -89,7 +89,7 @@ def test_a_reward_model_learns(precision: str, wide_model: Path, fit: Callable[.
     logged = fit(module, [COMPARISONS], val=[COMPARISONS], max_epochs=6, **device_of(precision))
     assert logged["reward/loss"][-1] < 0.5 * logged["reward/loss"][0]
     assert types(module.reward_model) == {weights_of(precision)}
-    assert module._read(COMPARISONS.to(module.device))[0].dtype == torch.float32
+    assert module._read(COMPARISONS.to(module.device), None)[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -172,9 +172,10 @@ def test_it_looks_in_the_precision_of_the_run(make: Make, prompts: PromptBatch, 
 
 def test_a_look_takes_seconds(make: Make, prompts: PromptBatch) -> None:
     module = make()
-    start = time.perf_counter()
+    # Of the processor: those of the clock depend on what else the machine does.
+    start = time.process_time()
     check_ppo(module, prompts)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 # What the stages are given ----------------------------------------------------
