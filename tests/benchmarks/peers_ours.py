@@ -7,12 +7,11 @@ import json
 import logging
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from peers_turns import Turns
+from peers_turns import Turns, last, read
 
 from rlhf_lightning import (
     PPODataModule,
@@ -157,17 +156,6 @@ def train(module: Any, batches: Any, turns: Turns, run: dict[str, Any], *, amoun
 
 def text(ids: list[int]) -> str:
     return " ".join(f"w{token - 2}" for token in ids)
-
-
-def last(run: dict[str, Any]) -> int:
-    """Return the number of turns: one of a check, else as many as come."""
-    return 1 if run["check"] else 1000
-
-
-def read(run: dict[str, Any], stage: str) -> list[dict[str, Any]]:
-    """Return the rows; of a check those of one batch."""
-    rows: list[dict[str, Any]] = json.loads((Path(run["folder"]) / f"{stage}.json").read_text())
-    return rows[: run["batch"]] if run["check"] else rows
 
 
 if __name__ == "__main__":

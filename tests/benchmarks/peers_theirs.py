@@ -8,13 +8,12 @@ import logging
 import sys
 import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
-from peers_turns import Turns
+from peers_turns import Turns, last, read
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 PAD, EOS = 0, 1
@@ -199,17 +198,6 @@ def common(run: dict[str, Any], folder: str) -> dict[str, Any]:
         "num_train_epochs": last(run),
         "per_device_train_batch_size": run["batch"],
     }
-
-
-def last(run: dict[str, Any]) -> int:
-    """Return the number of turns: one of a check, else as many as come."""
-    return 1 if run["check"] else 1000
-
-
-def read(run: dict[str, Any], stage: str) -> list[dict[str, Any]]:
-    """Return the rows; of a check those of one batch."""
-    rows: list[dict[str, Any]] = json.loads((Path(run["folder"]) / f"{stage}.json").read_text())
-    return rows[: run["batch"]] if run["check"] else rows
 
 
 if __name__ == "__main__":

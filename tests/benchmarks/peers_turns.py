@@ -39,3 +39,14 @@ def status(field: str) -> float:
     """Return a size of this process in MiB: VmRSS now, VmHWM at its largest. Linux only."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) / 1024
+
+
+def last(run: dict[str, Any]) -> int:
+    """Return the number of turns: one of a check, else as many as come."""
+    return 1 if run["check"] else 1000
+
+
+def read(run: dict[str, Any], stage: str) -> list[dict[str, Any]]:
+    """Return the rows; of a check those of one batch."""
+    rows: list[dict[str, Any]] = json.loads((Path(run["folder"]) / f"{stage}.json").read_text())
+    return rows[: run["batch"]] if run["check"] else rows
