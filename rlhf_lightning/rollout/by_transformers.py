@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.precision import at_least_float32
-from rlhf_lightning.networks.sharding import is_sharded
+from rlhf_lightning.networks.sharding import waits_for_others
 from rlhf_lightning.rollout.draw import NOT_FINITE
 
 
@@ -31,7 +31,7 @@ def sample_by_transformers(
     The tokens depend on the generator, and other than those of the built-in sampler also on the other rows. Raises
     `InputError` where weights lie in parts on several processes, which would have to keep step.
     """
-    if is_sharded(policy):
+    if waits_for_others(policy):
         raise InputError(
             "sampler=transformers needs whole weights, and here they lie in parts on several processes; set "
             "sampler=builtin, or gather_weights=always"

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import MambaConfig, MambaForCausalLM
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.networks.sharding import shard
+from rlhf_lightning.networks.sharding import gathered, shard
 from rlhf_lightning.rollout.generate import Sampled, sample_tokens
 from rlhf_lightning.types import PromptBatch
 
@@ -115,15 +115,20 @@ def test_logits_that_are_not_finite_are_refused(
         sample(network, prompts(), [0])
 
 
-def test_weights_that_lie_in_parts_are_refused(
+def test_weights_that_lie_in_parts_are_refused_until_they_are_gathered(
     policy: Callable[..., Any], prompts: Callable[..., PromptBatch], processes: Callable[..., list[Any]]
 ) -> None:
-    def work(rank: int) -> str:
+    expected = sample(policy(), prompts(), [0], temperature=0.0).tokens
+
+    def work(rank: int) -> tuple[str, torch.Tensor]:
         distributed.init_process_group("gloo")
         network = policy()
         shard(network, init_device_mesh("cpu", (2,)))
         with pytest.raises(InputError) as refusal:
             sample(network, prompts(), [0])
-        return str(refusal.value)
+        with gathered(network):
+            return str(refusal.value), sample(network, prompts(), [0], temperature=0.0).tokens
 
-    assert all("set sampler=builtin" in message for message in processes(2, work))
+    for message, tokens in processes(2, work):
+        assert "set sampler=builtin, or gather_weights=always" in message
+        assert torch.equal(tokens, expected)
