@@ -33,6 +33,9 @@ ROOT_KEYS = [*TRAIN_KEYS, "world", "evaluate"]
 SAMPLING_BATCH = 2048
 """Prompts that the world's policy answers at a time for the comparisons: small networks are fastest on many rows."""
 
+WHOLE = {"lora": None, "quantization": "none", "roles": "separate"}
+"""The settings of a network of which all weights are trained."""
+
 WORLD_FILES = {
     "pretrain": {"path": "text.jsonl"},
     "sft": {"path": "demonstrations.jsonl"},
@@ -70,7 +73,9 @@ def wire(settings: Config) -> None:
     _check_validation(settings)
     model = settings["network"]["pretrained"]
     for stage in ("pretrain", "sft", "reward", "ppo"):
-        module[stage]["model"] = {**settings["network"], "pretrained": model}
+        # Pre-training makes the backbone that adapters stand on.
+        network = settings["network"] | (WHOLE if stage == "pretrain" else {})
+        module[stage]["model"] = {**network, "pretrained": model}
         if data[stage]["path"] is None:
             del data[stage], module[stage]
         elif stage in ("pretrain", "sft"):
@@ -200,11 +205,11 @@ class Pipeline:
         from rlhf_lightning.world.story import write_comparisons
 
         seed = self.settings["seed"]
-        policy = self.settings["module"]["reward"]["model"]["pretrained"]
+        network = self.settings["module"]["reward"]["model"]
         self._stage(
             "comparisons",
             {"world": self.settings["world"], "seed": seed, "sampling": self._sampling()},
-            lambda: write_comparisons(self.folder / "data", world, self._sampler(policy), seed=seed),
+            lambda: write_comparisons(self.folder / "data", world, self._sampler(network), seed=seed),
             outputs=[self.folder / "data" / file for file in WORLD_FILES["reward"].values()],
         )
 
@@ -298,12 +303,13 @@ class Pipeline:
             raise InputError("data.ppo leaves no held-out prompt to compare the policies on")
         return batches
 
-    def _sampler(self, policy: str) -> "Callable[[Sequence[Any], int], list[str]]":
+    def _sampler(self, node: Config) -> "Callable[[Sequence[Any], int], list[str]]":
         """Return the function that samples a response of the policy to the prompt of each row."""
         from rlhf_lightning.evaluation.policies import answer
         from rlhf_lightning.networks import load_policy, load_tokenizer
 
         def sample(rows: "Sequence[Any]", seed: int) -> list[str]:
+            policy = build("network", node)
             network: Any = load_policy(policy)
             tokenizer = load_tokenizer(policy)
             changes = {"batch_size": SAMPLING_BATCH, "max_prompt_length": None}

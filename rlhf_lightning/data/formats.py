@@ -1,6 +1,7 @@
 """From rows to typed examples; what a row may look like is decided here, row by row."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,9 @@ from rlhf_lightning.types import Message, Prompt
 
 LARGEST = 1e38
 """Of the numbers that a row may bring: what float32 can hold."""
+
+HALF_A_CHARACTER = re.compile("[\\ud800-\\udfff]")
+"""What JSON can write, and no tokenizer can read: a surrogate of UTF-16 alone."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +155,7 @@ def _text(row: Row, name: str, value: object) -> str:
         raise InputError(f"{row.origin}: {name} must be text; found {value!r} ({type(value).__name__})")
     if not value.strip():
         raise InputError(f"{row.origin}: {name} must not be empty; found {value!r}")
-    # What JSON can write, and no tokenizer can read: half of a character of UTF-16.
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if HALF_A_CHARACTER.search(value):
         raise InputError(f"{row.origin}: {name} has a lone surrogate, which is no character; found {value!r}")
     return value
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -69,7 +69,7 @@ from rlhf_lightning.rollout.metrics import critic_metrics, rollout_metrics
 from rlhf_lightning.rollout.reward import Reward, RewardSetting, load_reward
 from rlhf_lightning.rollout.score import response_predictions, response_values, score_rollout, spread
 from rlhf_lightning.rollout.shaping import MissingEOS, Normalization, RunningMoments, Shaping
-from rlhf_lightning.types import Experience, PromptBatch, Rollout, ScoredRollout, SFTBatch
+from rlhf_lightning.types import Experience, PromptBatch, Rollout, SampledRollout, ScoredRollout, SFTBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,6 +155,7 @@ class PPOModule(LanguageModule):
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         sampler: Sampler = "builtin",
+        rescore: bool = True,
         top_p: float = 1.0,
         seed: int = 0,
         gather_weights: Gathering = "auto",
@@ -166,6 +167,8 @@ class PPOModule(LanguageModule):
         Sizes count sequences of one process: ``minibatch_size`` for each optimizer step, which must divide the rollout,
         and ``micro_batch_size`` for each forward, of which "auto" finds the largest that fits when training starts.
         With ``micro_batch_tokens`` no forward of several sequences has more tokens than that, padding included.
+        Without ``rescore`` the log-probabilities that the ratio starts from are those that tokens were drawn with, and
+        the policy does not read its responses before the updates.
         Raises `InputError` where a setting is out of its range or two contradict each other, before anything is loaded.
         """
         check_settings(locals())
@@ -219,6 +222,7 @@ class PPOModule(LanguageModule):
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.sampler: Sampler = sampler
+        self.rescore = rescore
         self.seed = seed
         self.gather_weights = gather_weights
         self.offload = offload
@@ -352,7 +356,7 @@ class PPOModule(LanguageModule):
         self.check_minibatches(len(batch))
         self._texts = []
         rollout = self.generate(self.with_samples(batch), self.trainer.global_step)
-        scored = self.score(rollout)
+        scored = self.score(rollout, logprobs=None if self.rescore else rollout.sampler_logprobs)
         parts = self.shaping(scored, self.seen_scores, sum_over_ranks=self.sum_over_ranks)
         experience = self.experience(scored, parts)
         metrics = rollout_metrics(scored, experience, parts, sum_over_ranks=self.sum_over_ranks)
@@ -383,8 +387,8 @@ class PPOModule(LanguageModule):
     def work(self, batch: PromptBatch) -> Work:
         """Return how many tokens the last rollout has, with texts read beside it, and the operations that it took.
 
-        The policy samples it, all networks read it for the scores, and policy and critic with each pass of the updates;
-        a reward model is taken to read the policy's tokens.
+        The policy samples it, all networks read it for the scores (with ``rescore`` the policy, too), and policy and
+        critic with each pass of the updates; a reward model is taken to read the policy's tokens.
         """
         rollout = self.scored_rollout
         assert rollout is not None
@@ -395,7 +399,11 @@ class PPOModule(LanguageModule):
             return Work(tokens, None, sampled_tokens=read.predicted)
         trained, frozen = self.flops
         passes = self._updates_made * self.minibatch_size / len(rollout)
-        parts = [trained[0].forward(read), *(sizes.forward(read) for sizes in (*trained, *frozen))]
+        scoring = trained
+        if not self.rescore:
+            # On one trunk the critic reads it in place of the policy, and needs no vocabulary.
+            scoring = [*([replace(trained[0], head=0)] if self.shares_trunk else []), *trained[1:]]
+        parts = [trained[0].forward(read), *(sizes.forward(read) for sizes in (*scoring, *frozen))]
         parts += [passes * sizes.training(read) for sizes in trained]
         parts += [trained[0].training(text) for text in texts]
         return Work(tokens, sum(parts[1:], start=parts[0]), sampled_tokens=read.predicted)
@@ -405,7 +413,7 @@ class PPOModule(LanguageModule):
         prompts = torch.arange(len(batch), device=batch.prompt_tokens.device)
         return batch.rows(prompts.repeat_interleave(self.samples_per_prompt))
 
-    def generate(self, batch: PromptBatch, draw: int) -> Rollout:
+    def generate(self, batch: PromptBatch, draw: int) -> SampledRollout:
         """Sample a response for each row; ``draw`` selects the noise, which differs between ranks."""
         longest = self.max_positions
         needed = batch.prompt_tokens.shape[1] + self.max_new_tokens
@@ -431,8 +439,8 @@ class PPOModule(LanguageModule):
         tokens = len(batch) * (batch.prompt_tokens.shape[1] + self.max_new_tokens)
         return gathered_where_wanted(self.gather_weights, [self.policy], tokens=tokens, device=self.device)
 
-    def score(self, rollout: Rollout) -> ScoredRollout:
-        """Add log-probabilities, values and scores."""
+    def score(self, rollout: Rollout, *, logprobs: Tensor | None = None) -> ScoredRollout:
+        """Add log-probabilities, those of the policy where they are not known (B, R), values and scores."""
         with self._phase("scoring", rollout), self._frozen_on_device():
             return score_rollout(
                 rollout,
@@ -443,6 +451,7 @@ class PPOModule(LanguageModule):
                 temperature=self.temperature,
                 micro_batch_size=self.micro_batch_size,
                 micro_batch_tokens=self.micro_batch_tokens,
+                logprobs=logprobs,
             )
 
     def _frozen_on_device(self) -> AbstractContextManager[None]:

@@ -283,13 +283,7 @@ def scoring_memory(
 
     @torch.no_grad()
     def score() -> None:
-        score_rows(
-            part,
-            policy=run.policy,
-            reference=run.reference,
-            critic=run.critic,
-            temperature=run.temperature,
-        )
+        score_rows(part, networks=[run.policy, run.reference], critic=run.critic, temperature=run.temperature)
 
     networks = [run.policy, run.reference, *([] if run.critic is None else [run.critic])]
     found = [allocated(score, networks, device, vocabulary=vocabulary)]

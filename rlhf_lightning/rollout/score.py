@@ -1,5 +1,6 @@
 """From a rollout to a scored one: log-probabilities, values and scores, all without gradient."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -85,28 +86,32 @@ def score_rollout(
     temperature: float,
     micro_batch_size: int,
     micro_batch_tokens: int | None = None,
+    logprobs: Float[Tensor, "B R"] | None = None,
 ) -> ScoredRollout:
     """Add what policy, reference, critic and reward say of the rollout; without a critic all values are 0.
 
-    The reference is read at the same temperature as the policy, so that their KL is 0 while they are equal.
-    Log-probabilities are 0 outside of the response mask, values outside of the states before and after its tokens.
+    The policy is not read where its ``logprobs`` are known already. The reference is read at the same temperature as
+    the policy, so that their KL is 0 while they are equal. Log-probabilities are 0 outside of the response mask, values
+    outside of the states before and after its tokens.
     """
     sequences, longest = rollout.response_mask.shape
     device = rollout.tokens.device
     dtype = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
-    logprobs, ref_logprobs = (torch.zeros(sequences, longest, dtype=dtype, device=device) for _ in range(2))
+    networks = [reference] if logprobs is not None else [policy, reference]
+    of_networks = [torch.zeros(sequences, longest, dtype=dtype, device=device) for _ in networks]
     values = torch.zeros(sequences, longest + 1, dtype=dtype, device=device)
     for part in micro_batches(rollout, micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens):
         length = part.response_mask.shape[1]
-        found = score_rows(part, policy=policy, reference=reference, critic=critic, temperature=temperature)
-        logprobs[part.rows, :length], ref_logprobs[part.rows, :length] = found[:2]
+        found = score_rows(part, networks=networks, critic=critic, temperature=temperature)
+        for of_network, of_rows in zip(of_networks, found, strict=False):
+            of_network[part.rows, :length] = of_rows
         if critic is not None:
-            values[part.rows, : length + 1] = found[2]
+            values[part.rows, : length + 1] = found[-1]
     scores = reward.scores(rollout)
     return ScoredRollout(
         **{each.name: getattr(rollout, each.name) for each in fields(Rollout)},
-        logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
+        logprobs=of_networks[0] if logprobs is None else logprobs,
+        ref_logprobs=of_networks[-1],
         values=values,
         scores=scores.total,
         score_parts=scores.parts,
@@ -114,9 +119,9 @@ def score_rollout(
 
 
 def score_rows(
-    part: MicroBatch, *, policy: nn.Module, reference: nn.Module, critic: nn.Module | None, temperature: float
+    part: MicroBatch, *, networks: Sequence[nn.Module], critic: nn.Module | None, temperature: float
 ) -> list[Tensor]:
-    """Return log-probabilities of policy and reference (B, R), and the critic's values (B, R + 1) where there is one.
+    """Return log-probabilities by each of the networks (B, R), and the critic's values (B, R + 1) where there is one.
 
     They are 0 where nothing counts. One network's logits are held at a time.
     """
@@ -128,7 +133,7 @@ def score_rows(
             ),
             mask,
         )
-        for network in (policy, reference)
+        for network in networks
     ]
     if critic is not None:
         values = response_values(critic, part.tokens, part.attention_mask, starts, length=mask.shape[1])

@@ -205,9 +205,9 @@ class Counting(PPOModule):
 
     scoring = updating = 0
 
-    def score(self, rollout: Rollout) -> ScoredRollout:
+    def score(self, rollout: Rollout, *, logprobs: Tensor | None = None) -> ScoredRollout:
         with counter_of_flops() as counter:
-            scored = super().score(rollout)
+            scored = super().score(rollout, logprobs=logprobs)
         self.scoring = counter.get_total_flops()
         return scored
 
@@ -219,7 +219,15 @@ class Counting(PPOModule):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"critic": "shared_trunk"}, {"advantage": "rloo", "samples_per_prompt": 2}, {"target_kl": 1e-12}]
+    "settings",
+    [
+        {},
+        {"critic": "shared_trunk"},
+        {"rescore": False},
+        {"rescore": False, "critic": "shared_trunk"},
+        {"advantage": "rloo", "samples_per_prompt": 2},
+        {"target_kl": 1e-12},
+    ],
 )
 def test_the_operations_of_ppo_are_those_of_the_networks_that_read(
     wide_model: Path, tmp_path: Path, settings: dict[str, Any]

@@ -87,6 +87,12 @@ def test_with_shared_roles_the_stages_hand_over_adapters_on_one_backbone(
     of_reward_model = adapter_weights(reward_model)
     assert len(of_reward_model) == len([name for name in handed_over if ".lora_" in name])
     assert any(weight.any() for name, weight in of_reward_model.items() if ".lora_B." in name)
+    # The backbone was pre-trained as a whole: no adapter changes embeddings.
+    embeddings = [
+        load_file(tmp_path / folder / "model.safetensors")["model.embed_tokens.weight"]
+        for folder in ("initial", "pretrain")
+    ]
+    assert not torch.equal(*embeddings)
     assert report(tmp_path)["reward"]["pairs"] > 0
 
 

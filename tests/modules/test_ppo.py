@@ -188,6 +188,38 @@ def test_the_rollout_depends_on_seed_and_step_alone(make: Callable[..., Watching
     assert not torch.equal(make(seed=1).generate(prompts, 1).tokens, first)
 
 
+@pytest.mark.parametrize("critic", ["separate", "shared_trunk"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_without_rescoring_the_ratio_starts_from_what_tokens_were_drawn_with(
+    critic: str,
+    temperature: float,
+    make: Callable[..., Watching],
+    prompts: PromptBatch,
+    fit: Callable[..., Any],
+    weights: Callable[..., Weights],
+) -> None:
+    logged, moved, scored = [], [], []
+    for rescore in (True, False):
+        module = make("gpt2", rescore=rescore, critic=critic, temperature=temperature)
+        logged.append(fit(module, [prompts], max_epochs=3))
+        moved.append(weights(module))
+        scored.append(module.scored_rollout)
+    drawn = module.generate(prompts, 2)
+    with torch.no_grad():
+        module.policy.lm_head.weight.fill_(float("nan"))
+    # The policy is not read: its scores are not even numbers by now.
+    known = module.score(drawn, logprobs=drawn.sampler_logprobs)
+    assert torch.equal(known.logprobs, drawn.sampler_logprobs)
+    assert known.ref_logprobs.isfinite().all()
+    assert module.score(drawn).logprobs[drawn.response_mask].isnan().all()
+    assert torch.equal(scored[0].tokens, scored[1].tokens)
+    torch.testing.assert_close(scored[1].logprobs, scored[0].logprobs, rtol=0, atol=1e-5)
+    assert not torch.equal(scored[1].logprobs, scored[0].logprobs)
+    assert_close(moved[1], moved[0], rtol=0, atol=1e-4)
+    for name in ("ppo/kl", "ppo/policy_loss", "ppo/value_loss", "ppo/clip_fraction"):
+        assert logged[1][name] == pytest.approx(logged[0][name], abs=1e-3)
+
+
 def test_the_sampler_of_transformers_gives_rollouts_whose_first_ratio_is_1(
     make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
 ) -> None:

@@ -59,8 +59,8 @@ class Watched(PPOModule):
         self.experiences: list[Experience] = []
         self.quantities: list[dict[str, torch.Tensor]] = []
 
-    def score(self, rollout: Any) -> ScoredRollout:
-        self.scored.append(super().score(rollout))
+    def score(self, rollout: Any, **known: Any) -> ScoredRollout:
+        self.scored.append(super().score(rollout, **known))
         return self.scored[-1]
 
     def experience(self, scored: ScoredRollout, parts: Any) -> Experience:
