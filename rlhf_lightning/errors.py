@@ -1,5 +1,6 @@
 """The error that a user can mend, and what every part checks of a number."""
 
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 LARGEST_SEED = 2**32 - 1
@@ -14,6 +15,12 @@ def check_number(name: str, value: object, *, whole: bool = False) -> None:
     """Raise `InputError` where a setting is no number: a text, true, a list."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         raise InputError(f"{name}={value!r} must be a {'whole ' if whole else ''}number")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise `InputError` where a setting is none of its choices."""
+    if value not in choices:
+        raise InputError(f"{name}={value} must be one of {', '.join(choices)}")
 
 
 def check_seed(name: str, value: object) -> None:

@@ -1,6 +1,6 @@
 """What a device or a strategy cannot do, said at the start with what to take instead."""
 
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 from lightning import Trainer
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
@@ -63,9 +63,7 @@ def _check_precision(trainer: Trainer) -> None:
         )
 
 
-def _check_optimizer(optimizer: str, device: str) -> None:
-    if optimizer not in get_args(OptimizerName):
-        raise InputError(f"optimizer={optimizer!r} must be one of {', '.join(get_args(OptimizerName))}")
+def _check_optimizer(optimizer: OptimizerName, device: str) -> None:
     if optimizer == "paged_adamw_8bit" and device != "cuda":
         raise InputError(
             f"optimizer=paged_adamw_8bit pages between CUDA devices and the CPU, there is no {device} to page from; "

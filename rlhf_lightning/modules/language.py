@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from rlhf_lightning.callbacks import ExactResume
-from rlhf_lightning.errors import InputError, check_number
+from rlhf_lightning.errors import InputError, check_choice, check_number
 from rlhf_lightning.functional.dtensors import whole
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
 from rlhf_lightning.modules import replay
@@ -377,11 +377,17 @@ def adamw_with_schedule(
 
 
 def check_optimization(
-    *, learning_rate: float, weight_decay: float, lr_schedule: str, lr_floor: float, warmup_steps: int
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    lr_schedule: str,
+    lr_floor: float,
+    warmup_steps: int,
+    optimizer: str,
 ) -> None:
     """Raise `InputError` where a setting of optimizer or schedule is out of its range."""
-    if lr_schedule not in get_args(Schedule):
-        raise InputError(f"lr_schedule={lr_schedule} must be one of {', '.join(get_args(Schedule))}")
+    check_choice("lr_schedule", lr_schedule, get_args(Schedule))
+    check_choice("optimizer", optimizer, get_args(OptimizerName))
     check_number("lr_floor", lr_floor)
     if not 0 <= lr_floor <= 1:
         raise InputError(f"lr_floor={lr_floor} must lie in [0, 1]")

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
 from rlhf_lightning.callbacks import Work
-from rlhf_lightning.errors import InputError, check_number, check_seed
+from rlhf_lightning.errors import InputError, check_choice, check_number, check_seed
 from rlhf_lightning.functional.head_logprobs import head_logprobs
 from rlhf_lightning.functional.losses import k_wise_loss, pairwise_logistic_loss, ranked_pairs, ranking_loss
 from rlhf_lightning.functional.masking import last_index
@@ -97,24 +97,25 @@ class RewardModule(LanguageModule):
         at on the first batch.
         With ``packing`` training reads all sequences of a batch in rows with no padding between them, or with
         ``share_prompts`` all prompts with their responses.
+        Raises `InputError` for a setting out of its range before anything is loaded, and where the network cannot do
+        what a setting asks for.
         """
-        super().__init__(model, tokenizer, max_bad_updates=max_bad_updates)
         check_optimization(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             lr_schedule=lr_schedule,
             lr_floor=lr_floor,
             warmup_steps=warmup_steps,
+            optimizer=optimizer,
         )
         check_seed("seed", seed)
+        check_choice("head_init", head_init, get_args(HeadInit))
+        check_choice("ranking_loss", ranking_loss, get_args(RankingLoss))
         for name, value in {"lm_coef": lm_coef, "margin_coef": margin_coef}.items():
             check_number(name, value)
-        if ranking_loss not in get_args(RankingLoss):
-            raise InputError(f"ranking_loss={ranking_loss} must be one of {', '.join(get_args(RankingLoss))}")
-        if lm_coef < 0:
-            raise InputError(f"lm_coef={lm_coef} must not be negative")
-        if not 0 <= margin_coef < math.inf:
-            raise InputError(f"margin_coef={margin_coef} must not be negative, and finite")
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name}={value} must not be negative, and finite")
+        super().__init__(model, tokenizer, max_bad_updates=max_bad_updates)
         # Without dropout: the scores that are compared belong to one function (Huang et al. 2024).
         generator = torch.Generator().manual_seed(seed)
         self.reward_model = load_reward_model(model, generator=generator, head_init=head_init).eval()

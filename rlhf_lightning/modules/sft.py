@@ -60,8 +60,8 @@ class SFTModule(LanguageModule):
 
         With ``packing`` training reads the sequences of a batch in rows with no padding between them, each from its own
         position 0: the same loss. Whether the network keeps them apart is looked at on the first batch.
-        Raises `InputError` where ``model`` is no language model or has no such layers, and for a setting out of its
-        range.
+        Raises `InputError` where ``model`` is no language model or has no such layers, and, before anything is loaded,
+        for a setting out of its range.
         """
         check_optimization(
             learning_rate=learning_rate,
@@ -69,6 +69,7 @@ class SFTModule(LanguageModule):
             lr_schedule=lr_schedule,
             lr_floor=lr_floor,
             warmup_steps=warmup_steps,
+            optimizer=optimizer,
         )
         if dropout is not None:
             check_number("dropout", dropout)

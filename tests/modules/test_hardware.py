@@ -36,13 +36,6 @@ def test_paged_moments_are_refused_on_a_cpu(tiny_model: Path, fit: Callable[...,
             fit(module, [prompts], max_epochs=1)
 
 
-def test_an_optimizer_that_does_not_exist_is_refused(tiny_model: Path, fit: Callable[..., Any]) -> None:
-    with pytest.raises(InputError, match=r"optimizer='sgd' must be one of adamw, adamw_8bit, paged_adamw_8bit"):
-        fit(SFTModule(str(tiny_model), optimizer="sgd"), [BATCH], max_epochs=1)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="optimizer=sgd must be one of"):
-        PPOModule(str(tiny_model), reward=len, optimizer="sgd")  # type: ignore[arg-type]
-
-
 def test_float16_weights_are_refused(tiny_model: Path, fit: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match=r"precision=16-true: .* use 16-mixed, bf16-true or bf16-mixed"):
         fit(SFTModule(str(tiny_model)), [BATCH], max_epochs=1, precision="16-true")

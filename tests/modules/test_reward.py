@@ -156,29 +156,35 @@ def test_a_ranking_can_count_as_a_whole(make: Callable[..., RewardModule], class
         found[kind] = module.training_step(batch(MIXED), 0).item()
     assert found["k_wise"] == pytest.approx(float(sum(expected) / len(expected)), abs=1e-5)
     assert abs(found["pairwise"] - found["k_wise"]) > 1e-3
-    with pytest.raises(InputError, match="ranking_loss=listwise must be one of pairwise, k_wise"):
-        make(ranking_loss="listwise")
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"learning_rate": -1.0}, r"learning_rate=-1\.0 must not be negative, and finite"),
+        ({"lr_floor": 2.0}, r"lr_floor=2\.0 must lie in \[0, 1\]"),
+        ({"optimizer": "sgd"}, "optimizer=sgd must be one of adamw, adamw_8bit, paged_adamw_8bit"),
+        ({"head_init": "big"}, "head_init=big must be one of unit, small"),
+        ({"ranking_loss": "listwise"}, "ranking_loss=listwise must be one of pairwise, k_wise"),
+        ({"max_bad_updates": 0}, "max_bad_updates=0 must be a whole number, 1 or more"),
         ({"seed": -1}, "seed=-1 must be a whole number from 0"),
         ({"lm_coef": "0.1"}, "lm_coef='0.1' must be a number"),
         ({"margin_coef": "1"}, "margin_coef='1' must be a number"),
+        *(
+            ({name: wrong}, f"{name}={wrong} must not be negative, and finite")
+            for name in ("margin_coef", "lm_coef")
+            for wrong in (-0.5, float("nan"), float("inf"))
+        ),
     ],
 )
-def test_a_setting_of_the_wrong_type_is_named(
-    setting: dict[str, Any], message: str, make: Callable[..., RewardModule]
+def test_settings_are_looked_at_before_anything_is_loaded(
+    setting: dict[str, Any], message: str, classifier: Callable[..., Any], tokenizer: Any
 ) -> None:
     with pytest.raises(InputError, match=message):
-        make(**setting)
-
-
-def test_a_margin_coefficient_must_be_a_number_from_0_on(make: Callable[..., RewardModule]) -> None:
-    for wrong in (-0.5, float("nan"), float("inf")):
-        with pytest.raises(InputError, match=f"margin_coef={wrong} must not be negative, and finite"):
-            make(margin_coef=wrong)
+        RewardModule("no/such/folder", **setting)
+    # A network that is there already, and whose head is not drawn.
+    with pytest.raises(InputError, match=message):
+        RewardModule(classifier(), tokenizer=tokenizer, **setting)
 
 
 def test_ties_do_not_count_in_validation(

@@ -208,6 +208,20 @@ def test_a_setting_that_cannot_be_had_is_an_input_error(
         SFTModule(policy(), **setting)
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"learning_rate": -1.0}, r"learning_rate=-1\.0 must not be negative"),
+        ({"dropout": 1.0}, r"dropout=1\.0 must lie in"),
+        ({"optimizer": "sgd"}, "optimizer=sgd must be one of adamw, adamw_8bit, paged_adamw_8bit"),
+        ({"max_bad_updates": 0}, "max_bad_updates=0 must be a whole number, 1 or more"),
+    ],
+)
+def test_settings_are_looked_at_before_anything_is_loaded(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SFTModule("no/such/folder", **setting)
+
+
 PAIRS = ([[7, 8], [9, 10], [11, 12]], [[0, 1], [0, 1], [0, 1]])
 ONE = ([FEW[0][0]], [FEW[1][0]])
 
