@@ -65,7 +65,7 @@ from rlhf_lightning.rollout.experience import (
     trimmed_micro_batches,
 )
 from rlhf_lightning.rollout.generate import Sampler, generate
-from rlhf_lightning.rollout.metrics import critic_metrics, rollout_metrics
+from rlhf_lightning.rollout.metrics import critic_metrics, rollout_metrics, sampler_metrics
 from rlhf_lightning.rollout.reward import Reward, RewardSetting, load_reward
 from rlhf_lightning.rollout.score import response_predictions, response_values, score_rollout, spread
 from rlhf_lightning.rollout.shaping import MissingEOS, Normalization, RunningMoments, Shaping
@@ -360,6 +360,8 @@ class PPOModule(LanguageModule):
         parts = self.shaping(scored, self.seen_scores, sum_over_ranks=self.sum_over_ranks)
         experience = self.experience(scored, parts)
         metrics = rollout_metrics(scored, experience, parts, sum_over_ranks=self.sum_over_ranks)
+        if self.rescore:
+            metrics |= sampler_metrics(rollout, scored, sum_over_ranks=self.sum_over_ranks)
         if self.critic is not None:
             metrics |= critic_metrics(experience, sum_over_ranks=self.sum_over_ranks)
         if self.shaping.missing_eos != "subtract" and metrics["missing_eos"] == 1:

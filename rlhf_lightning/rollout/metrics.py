@@ -8,7 +8,7 @@ from torch import Tensor
 from rlhf_lightning.functional.advantages import explained_variance
 from rlhf_lightning.functional.kl import k1, k3
 from rlhf_lightning.functional.masking import masked_moments, masked_sum
-from rlhf_lightning.types import Experience, ScoredRollout
+from rlhf_lightning.types import Experience, SampledRollout, ScoredRollout
 
 SumOverRanks = Callable[[Tensor], Tensor]
 
@@ -46,6 +46,18 @@ def rollout_metrics(
     )
     means["kl_per_token"] = means["kl"] / means["response_length"]
     return {name: value.float() for name, value in means.items()}
+
+
+def sampler_metrics(
+    sampled: SampledRollout, scored: ScoredRollout, *, sum_over_ranks: SumOverRanks
+) -> dict[str, Tensor]:
+    """Return the mean over the response tokens of |log p of the sampler - log p of the trainer|, nats.
+
+    It is rounding where both compute the same, and 0 where the trainer took the sampler's.
+    """
+    apart = (sampled.sampler_logprobs - scored.logprobs).abs()
+    count, total, _ = sum_over_ranks(masked_moments(apart, scored.response_mask))
+    return {"sampler_gap": (total / count).float()}
 
 
 def critic_metrics(experience: Experience, *, sum_over_ranks: SumOverRanks) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from rlhf_lightning.rollout import ModelReward, estimate_advantages
 from rlhf_lightning.rollout.experience import trimmed_micro_batches
 from rlhf_lightning.rollout.generate import sample_tokens
 from rlhf_lightning.rollout.shaping import RunningMoments
-from rlhf_lightning.types import Experience, PromptBatch, ScoredRollout
+from rlhf_lightning.types import Experience, PromptBatch, SampledRollout, ScoredRollout
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -720,6 +721,27 @@ def test_what_is_logged_of_a_rollout_is_what_the_rollout_says(
     errors, returns = (experience.returns - experience.old_values)[kept], experience.returns[kept]
     explained = 1 - errors.var() / returns.var()
     assert logged["ppo/explained_variance"] == pytest.approx(explained.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("rescore", [True, False])
+def test_how_far_sampler_and_trainer_are_apart_is_logged_where_both_are_known(
+    rescore: bool, make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    class Hasty(Watching):
+        """Its sampler gives every token a nat too much."""
+
+        def generate(self, batch: PromptBatch, draw: int) -> SampledRollout:
+            drawn = super().generate(batch, draw)
+            return replace(drawn, sampler_logprobs=drawn.sampler_logprobs + drawn.response_mask.float())
+
+    module, hasty = make(rescore=rescore), make(rescore=rescore)
+    hasty.__class__ = Hasty
+    logged, of_hasty = (fit(each, [prompts], max_steps=1).steps[0] for each in (module, hasty))
+    if rescore:
+        assert 0 <= logged["ppo/sampler_gap"] < 1e-5
+        assert of_hasty["ppo/sampler_gap"] == pytest.approx(1, abs=1e-5)
+    else:
+        assert not {"ppo/sampler_gap"} & (logged.keys() | of_hasty.keys())
 
 
 def test_the_entropy_is_the_mean_over_response_tokens(

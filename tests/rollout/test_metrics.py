@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rlhf_lightning.functional.rewards import value_mask
 from rlhf_lightning.rollout.experience import AdvantageSettings, estimate_advantages
-from rlhf_lightning.rollout.metrics import critic_metrics, rollout_metrics
+from rlhf_lightning.rollout.metrics import critic_metrics, rollout_metrics, sampler_metrics
 from rlhf_lightning.rollout.shaping import RunningMoments, Shaping
-from rlhf_lightning.types import Experience, Rollout, ScoredRollout
+from rlhf_lightning.types import Experience, Rollout, SampledRollout, ScoredRollout
 
 PROMPTS = [[5, 9, 7], [8], [40, 41], [50], [3, 4], [7]]
 LENGTHS = [3, 6, 1, 4, 2, 5]
@@ -170,6 +170,36 @@ def test_two_ranks_find_what_one_with_both_rollouts_finds(scored: Make) -> None:
     for half in halves:
         answers = iter(totals)
         torch.testing.assert_close(found(lambda x, answers=answers: next(answers), half), whole)
+
+
+def sampled_as(scored: ScoredRollout, sampler_logprobs: Tensor) -> SampledRollout:
+    """The rollout before it was scored, drawn with these log-probabilities."""
+    rollout = {each.name: getattr(scored, each.name) for each in fields(Rollout)}
+    return SampledRollout(**rollout, sampler_logprobs=sampler_logprobs)
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (10, 0), (0, 10), (4, 7)])
+def test_the_gap_of_the_sampler_is_the_mean_distance_over_all_response_tokens(
+    left: int, right: int, scored: Make
+) -> None:
+    rollout = scored(left=left, right=right)
+    # At place t of response i the sampler is off by i + 1 - t, and on padding by 100.
+    rows, places = torch.arange(6).unsqueeze(1), torch.arange(rollout.response_mask.shape[1])
+    off = torch.where(rollout.response_mask, rows + 1.0 - places, 100.0)
+    sampled = sampled_as(rollout, rollout.logprobs + off)
+    distances = [abs(row + 1 - place) for row, length in enumerate(LENGTHS) for place in range(length)]
+    found = sampler_metrics(sampled, rollout, sum_over_ranks=same)
+    assert found["sampler_gap"].item() == pytest.approx(sum(distances) / len(distances))
+    # Another rank whose 100 tokens are all off by 2.
+    others = torch.tensor([100.0, 200.0, 400.0])
+    both = sampler_metrics(sampled, rollout, sum_over_ranks=lambda moments: moments + others)
+    assert both["sampler_gap"].item() == pytest.approx((sum(distances) + 200) / (len(distances) + 100))
+
+
+def test_a_sampler_that_agrees_has_no_gap(scored: Make) -> None:
+    rollout = scored(right=3)
+    found = sampler_metrics(sampled_as(rollout, rollout.logprobs), rollout, sum_over_ranks=same)
+    assert found["sampler_gap"].item() == 0
 
 
 def test_a_critic_that_knows_the_returns_explains_them_all(scored: Make) -> None:
