@@ -312,8 +312,8 @@ MUTANTS = (
     Mutant(
         "scaling shifts the scores",
         ROLLOUT + "shaping.py",
-        'shift = seen.mean if self.normalize_scores == "shift_and_scale" else 0.0',
-        "shift = seen.mean",
+        'taken_off = 0.0 if self.normalize_scores == "scale" else seen.mean',
+        "taken_off = seen.mean",
         ("tests/rollout/test_shaping.py",),
         24,
     ),

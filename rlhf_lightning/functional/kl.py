@@ -14,7 +14,10 @@ def k1(logprobs: Float[Tensor, "B R"], ref_logprobs: Float[Tensor, "B R"]) -> Fl
 
 
 def k2(logprobs: Float[Tensor, "B R"], ref_logprobs: Float[Tensor, "B R"]) -> Float[Tensor, "B R"]:
-    """Return (log p - log p_ref)^2 / 2: biased, but its gradient is that of KL(policy || reference)."""
+    """Return (log p - log p_ref)^2 / 2: biased, but its gradient is that of KL(policy || reference).
+
+    As a loss it counts each token by itself: a token does not answer for the KL of the later ones that it leads to.
+    """
     return (logprobs - ref_logprobs).square() / 2
 
 

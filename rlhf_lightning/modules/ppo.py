@@ -164,6 +164,8 @@ class PPOModule(LanguageModule):
     ) -> None:
         """Load the policy; the other roles are made in `setup`, when the tokenizer is known.
 
+        ``beta`` is the price of a nat in units of the score; with the penalty in the loss, "gae" and "grpo" make it one
+        in units of the standard deviation that they divide advantages by.
         Sizes count sequences of one process: ``minibatch_size`` for each optimizer step, which must divide the rollout,
         and ``micro_batch_size`` for each forward, of which "auto" finds the largest that fits when training starts.
         With ``micro_batch_tokens`` no forward of several sequences has more tokens than that, padding included.
@@ -307,9 +309,13 @@ class PPOModule(LanguageModule):
     @property
     def roles(self) -> list[nn.Module]:
         """The networks: policy, reference, critic and average where there are any, and those of the reward."""
-        models = [part.reward_model for part in self._reward.models().values()]
-        networks = [self.policy, self.reference, self.critic, self.ema, *models]
+        networks = [self.policy, self.reference, self.critic, self.ema, *self.reward_models]
         return [network for network in networks if network is not None]
+
+    @property
+    def reward_models(self) -> list[nn.Module]:
+        """The networks of the reward; of a function none."""
+        return [part.reward_model for part in self._reward.models().values()]
 
     def _make_roles(self) -> None:
         self.reward = self._load_reward()
@@ -381,8 +387,7 @@ class PPOModule(LanguageModule):
         None where they do not follow.
         """
         trained = [flops_of(network) for network in (self.policy, self.critic) if network is not None]
-        models = [part.reward_model for part in self._reward.models().values()]
-        frozen = [flops_of(network) for network in (self.reference, *models)]
+        frozen = [flops_of(network) for network in (self.reference, *self.reward_models)]
         known = [[sizes for sizes in part if sizes is not None] for part in (trained, frozen)]
         return (known[0], known[1]) if known == [trained, frozen] else None
 
@@ -458,8 +463,8 @@ class PPOModule(LanguageModule):
 
     def _frozen_on_device(self) -> AbstractContextManager[None]:
         """Return the block in which reference and reward models are read; with ``offload`` they leave after it."""
-        models = [part.reward_model for part in self._reward.models().values()]
-        return self._host_weights.on(self.device, [self.reference, *models]) if self.offload else nullcontext()
+        frozen = [self.reference, *self.reward_models]
+        return self._host_weights.on(self.device, frozen) if self.offload else nullcontext()
 
     def experience(self, scored: ScoredRollout, parts: dict[str, Tensor]) -> Experience:
         """Return rewards, advantages and returns of a scored rollout whose shaped score has these parts."""

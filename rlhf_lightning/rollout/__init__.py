@@ -11,7 +11,7 @@ from rlhf_lightning.rollout.reward import (
     WeightedSum,
     load_reward,
 )
-from rlhf_lightning.rollout.score import response_logits, score_rollout
+from rlhf_lightning.rollout.score import score_rollout
 
 __all__ = [
     "Ensemble",
@@ -26,7 +26,6 @@ __all__ = [
     "load_reward",
     "micro_batches",
     "minibatches",
-    "response_logits",
     "sample_tokens",
     "score_rollout",
 ]

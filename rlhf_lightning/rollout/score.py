@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,21 +13,6 @@ from rlhf_lightning.networks.predictions import Predictions, predictions
 from rlhf_lightning.rollout.experience import MicroBatch, micro_batches
 from rlhf_lightning.rollout.reward import Reward
 from rlhf_lightning.types import Rollout, ScoredRollout
-
-
-def response_logits(
-    policy: nn.Module, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], *, length: int
-) -> Float[Tensor, "B R V"]:
-    """Return the logits that predict the last ``length`` tokens: those at the position before each of them."""
-    network: Any = policy
-    logits: Tensor = network(
-        input_ids=tokens,
-        attention_mask=attention_mask.long(),
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-        logits_to_keep=length + 1,
-    ).logits
-    return logits[:, :-1]
 
 
 def response_predictions(

@@ -12,7 +12,7 @@ from rlhf_lightning.functional.masking import masked_moments
 from rlhf_lightning.functional.rewards import missing_eos_part, repeated_share
 from rlhf_lightning.types import ScoredRollout
 
-Normalization = Literal["none", "scale", "shift_and_scale"]
+Normalization = Literal["none", "scale", "scale_around_mean", "shift_and_scale"]
 MissingEOS = Literal["replace", "subtract", "mask"]
 
 ROUNDING = 1e-12
@@ -55,7 +55,8 @@ class Shaping:
     normalize_scores: Normalization
     """"scale" divides by the running standard deviation, "shift_and_scale" takes the running mean off before.
 
-    Scores that never varied are not divided.
+    "scale_around_mean" divides the distances from the running mean alone, and so keeps it (Huang et al. 2024: whitening
+    without a shift). Scores that never varied are not divided.
     """
     score_clip: float | None
     """Scores count up to plus or minus this, after they are normalised."""
@@ -88,8 +89,9 @@ class Shaping:
     def _normalized(self, scores: Float[Tensor, " B"], seen: RunningMoments) -> Float[Tensor, " B"]:
         if self.normalize_scores == "none":
             return scores
-        shift = seen.mean if self.normalize_scores == "shift_and_scale" else 0.0
-        return (scores - shift) / (seen.std or 1.0)
+        taken_off = 0.0 if self.normalize_scores == "scale" else seen.mean
+        put_back = seen.mean if self.normalize_scores == "scale_around_mean" else 0.0
+        return (scores - taken_off) / (seen.std or 1.0) + put_back
 
     def _clipped(self, scores: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         return scores if self.score_clip is None else scores.clamp(-self.score_clip, self.score_clip)

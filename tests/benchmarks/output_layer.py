@@ -19,8 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
 from rlhf_lightning.functional.losses import clipped_policy_loss
+from rlhf_lightning.functional.masking import position_ids
 from rlhf_lightning.modules.language import sft_predictions
-from rlhf_lightning.rollout.score import response_logits, response_predictions, spread
+from rlhf_lightning.rollout.score import response_predictions, spread
 from rlhf_lightning.types import SFTBatch
 
 SIZES = {
@@ -67,12 +68,23 @@ def works(network: Any) -> dict[str, Callable[..., float]]:
         loss.backward()
         return float(loss.detach())
 
+    def logits_everywhere() -> Tensor:
+        """Those that predict each place of the responses, padding too."""
+        logits: Tensor = network(
+            input_ids=ids,
+            attention_mask=rollout.long(),
+            position_ids=position_ids(rollout),
+            use_cache=False,
+            logits_to_keep=RESPONSE + 1,
+        ).logits
+        return logits[:, :-1]
+
     def read(*, everywhere: bool) -> tuple[Tensor, Tensor]:
         if not everywhere:
             predicted = response_predictions(network, ids, rollout, torch.full((8,), 48), responses)
             found = predicted.logprobs_and_entropy(entropy_gradient=False)
             return spread(found[0], responses), spread(found[1], responses)
-        logits = response_logits(network, ids, rollout, length=RESPONSE)
+        logits = logits_everywhere()
         logprobs = gather_logprobs(logits, ids[:, -RESPONSE:]).masked_fill(~responses, 0.0)
         return logprobs, entropy(logits.detach()).masked_fill(~responses, 0.0)
 
@@ -86,7 +98,7 @@ def works(network: Any) -> dict[str, Callable[..., float]]:
     @torch.no_grad()
     def score(*, everywhere: bool) -> float:
         if everywhere:
-            logits = response_logits(network, ids, rollout, length=RESPONSE)
+            logits = logits_everywhere()
             return float(gather_logprobs(logits, ids[:, -RESPONSE:]).masked_fill(~responses, 0.0).sum())
         return float(response_predictions(network, ids, rollout, torch.full((8,), 48), responses).logprobs().sum())
 

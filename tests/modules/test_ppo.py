@@ -641,6 +641,7 @@ KNOBS: list[dict[str, Any]] = [
     {"adaptive_kl_target": 0.01, "adaptive_kl_horizon": 10.0},
     {"adaptive_kl_horizon": 1.0, "adaptive_kl_target": 10000.0},
     {"normalize_scores": "scale"},
+    {"normalize_scores": "scale_around_mean"},
     {"normalize_scores": "shift_and_scale"},
     {"score_clip": 0.1},
     {"length_penalty": 0.5},

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, LlamaForSequenceClassification
 
-from rlhf_lightning.functional.logprobs import gather_logprobs
 from rlhf_lightning.modules import PPOModule
 from rlhf_lightning.preflight import Finding, check_ppo
 from rlhf_lightning.preflight.policy import SAME_CALL, check_left_padding, precision
 from rlhf_lightning.preflight.probe import sample_probe
-from rlhf_lightning.rollout.score import response_logits
+from rlhf_lightning.rollout.score import response_predictions, spread
 from rlhf_lightning.types import Experience, PromptBatch, Rollout, ScoredRollout
 
 Faults = Callable[[list[Finding]], dict[str, Finding]]
@@ -97,9 +96,10 @@ def test_a_reference_that_reads_otherwise_with_equal_weights_is_named(
 
 
 def logprobs_of(network: Any, rollout: Rollout, temperature: float) -> Tensor:
-    logits = response_logits(network, rollout.tokens, rollout.attention_mask, length=rollout.response_mask.shape[1])
-    logprobs = gather_logprobs(logits, rollout.response_tokens, temperature=temperature)
-    return logprobs.masked_fill(~rollout.response_mask, 0.0)
+    predicted = response_predictions(
+        network, rollout.tokens, rollout.attention_mask, rollout.response_starts, rollout.response_mask
+    )
+    return spread(predicted.logprobs(temperature=temperature), rollout.response_mask)
 
 
 def scored_at(module: PPOModule, rollout: Rollout, policy: float, reference: float) -> ScoredRollout:

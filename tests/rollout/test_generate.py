@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.functional.logprobs import gather_logprobs
 from rlhf_lightning.rollout.generate import generate, sample_tokens
-from rlhf_lightning.rollout.score import response_logits
-from rlhf_lightning.types import PromptBatch, Rollout
+from rlhf_lightning.rollout.score import response_predictions, spread
+from rlhf_lightning.types import PromptBatch, SampledRollout
 
 KINDS = ["llama", "gpt2", "mistral"]
 """The last one sees four tokens back, so that its cache forgets: it is sampled from step by step."""
@@ -27,7 +26,7 @@ def sample(policy: Any, batch: PromptBatch, stops: list[int], *, seed: int = 0, 
     ).tokens
 
 
-def respond(policy: Any, batch: PromptBatch, tokenizer: Any, stops: list[int], **settings: Any) -> Rollout:
+def respond(policy: Any, batch: PromptBatch, tokenizer: Any, stops: list[int], **settings: Any) -> SampledRollout:
     return generate(
         policy,
         batch,
@@ -232,10 +231,10 @@ def test_log_probabilities_found_afterwards_are_those_of_the_sampler(
     network, batch = policy(kind), prompts(pads=1)
     stops = seen_in(sample(network, batch, NEVER, temperature=temperature), 2)
     found = respond(network, batch, tokenizer, stops, temperature=temperature)
-    length = found.response_mask.shape[1]
-    logits = response_logits(network, found.tokens, found.attention_mask, length=length)
-    logprobs = gather_logprobs(logits, found.response_tokens, temperature=temperature)
-    expected = logprobs.masked_fill(~found.response_mask, 0.0)
+    predicted = response_predictions(
+        network, found.tokens, found.attention_mask, found.response_starts, found.response_mask
+    )
+    expected = spread(predicted.logprobs(temperature=temperature), found.response_mask)
     torch.testing.assert_close(found.sampler_logprobs, expected, rtol=1e-4, atol=1e-4, check_dtype=False)
     assert expected[found.response_mask].std() > 0.5
     assert not found.response_mask.all()

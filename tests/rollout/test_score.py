@@ -7,7 +7,7 @@ import torch
 from rlhf_lightning.functional.rewards import value_mask
 from rlhf_lightning.networks import Critic
 from rlhf_lightning.rollout.reward import FunctionReward, WeightedSum, load_reward
-from rlhf_lightning.rollout.score import response_logits, response_values, score_rollout
+from rlhf_lightning.rollout.score import response_predictions, response_values, score_rollout
 from rlhf_lightning.types import Rollout, ScoredRollout
 
 KINDS = ["llama", "gpt2"]
@@ -30,8 +30,10 @@ def score(rollout: Rollout, policy: Any, reference: Any = None, critic: Any = No
 def test_the_token_at_t_is_predicted_by_the_logits_at_t_minus_1(kind: str, policy: Callable[..., Any]) -> None:
     network, tokens = policy(kind), torch.tensor([[5, 9, 7, 30, 2, 11]])
     mask = torch.ones_like(tokens).bool()
-    whole = network(tokens).logits
-    torch.testing.assert_close(response_logits(network, tokens, mask, length=2), whole[:, 3:5])
+    whole = network(tokens).logits[0]
+    found = response_predictions(network, tokens, mask, torch.tensor([4]), torch.ones(1, 2).bool())
+    assert found.tokens.tolist() == [2, 11]
+    torch.testing.assert_close(found.logits(), whole[3:5])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -108,6 +108,13 @@ def test_only_shifting_takes_the_mean_off(scored: Make) -> None:
     assert np.mean(found) == pytest.approx(0.0, abs=1e-12)
 
 
+def test_scaling_around_the_mean_keeps_it_and_makes_the_deviation_1(scored: Make) -> None:
+    found = parts_of(scored(), normalize_scores="scale_around_mean")["shaped_score"]
+    assert (np.mean(found), np.std(found)) == pytest.approx((3.0, 1.0))
+    # In the order and at the distances of the scores.
+    assert np.subtract(found, found[0]) == pytest.approx(np.subtract(SCORES, SCORES[0]) / np.std(SCORES))
+
+
 def test_the_moments_are_those_of_all_rollouts_this_one_included(scored: Make) -> None:
     seen = RunningMoments()
     parts_of(scored([100.0, 102.0, 98.0, 90.0]), seen)
@@ -129,7 +136,9 @@ def test_the_unit_of_the_scores_is_irrelevant_once_they_are_scaled(
     torch.testing.assert_close(shaping._normalized(scores * scale, other), shaping._normalized(scores, seen))
 
 
-@pytest.mark.parametrize(("normalize_scores", "expected"), [("scale", 0.1), ("shift_and_scale", 0.0)])
+@pytest.mark.parametrize(
+    ("normalize_scores", "expected"), [("scale", 0.1), ("scale_around_mean", 0.1), ("shift_and_scale", 0.0)]
+)
 def test_scores_that_never_varied_are_not_divided(normalize_scores: str, expected: float, scored: Make) -> None:
     found = parts_of(scored([0.1] * 4), normalize_scores=normalize_scores)["shaped_score"]
     assert found == pytest.approx([expected] * 4, abs=1e-6)
