@@ -586,7 +586,9 @@ class PPOModule(LanguageModule):
         if self.critic is not None:
             groups.append({"params": trained_weights(self.critic), "lr": self.critic_learning_rate})
         in_32_bits = embeddings_and_heads(self)
-        return adamw(groups, optimizer=self.optimizer, in_32_bits=in_32_bits, eps=1e-5, weight_decay=0.0)
+        return adamw(
+            groups, optimizer=self.optimizer, in_32_bits=in_32_bits, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0
+        )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the unscaled gradients of policy and critic, each by its own norm; skip a step that is not finite."""

@@ -1,6 +1,7 @@
 """From prompts to a rollout: responses sampled token by token."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,13 +91,15 @@ def sample_tokens(
 ) -> Sampled:
     """Sample until every row has a stop token or ``max_new_tokens`` are reached, so R may be smaller than that.
 
+    All parts of the network are in evaluation mode meanwhile: dropout has no part in what is drawn.
     Temperature 0 takes the most likely token. With the built-in sampler the tokens of a row depend on the generator and
     on its place in the batch, not on the other rows. It samples from networks whose cache holds anything else than keys
     and values of all tokens, and from those whose weights lie in parts on several processes, step by step with the
     cache that they make; `sample_by_transformers` from all that `transformers` can generate with.
     """
     settings: dict[str, Any] = {"temperature": temperature, "stop_tokens": stop_tokens}
-    with nullcontext() if is_sharded(policy) else stand_ins(policy, keep=prompt_tokens.device.type == "cuda"):
+    plain_layers = nullcontext() if is_sharded(policy) else stand_ins(policy, keep=prompt_tokens.device.type == "cuda")
+    with evaluating(policy), plain_layers:
         if sampler == "transformers":
             settings |= {"max_new_tokens": max_new_tokens, "generator": generator}
             tokens, logprobs = sample_by_transformers(policy, prompt_tokens, prompt_mask, **settings)
@@ -113,6 +116,19 @@ def sample_tokens(
     tokens = torch.where(behind & ended.any(dim=1, keepdim=True), last, tokens)
     longest = int(lengths.max())
     return Sampled(tokens[:, :longest], logprobs[:, :longest])
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Hold the block with all parts of the network in evaluation mode, and give each its own mode back."""
+    in_training = [part for part in network.modules() if part.training]
+    for part in in_training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in in_training:
+            part.training = True
 
 
 def decode(tokenizer: "PreTrainedTokenizerBase", tokens: Int[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> list[str]:

@@ -480,7 +480,7 @@ def test_the_optimizer_is_adam_without_weight_decay_and_with_the_eps_of_huang_et
     make: Callable[..., Watching],
 ) -> None:
     settings = make().configure_optimizers().defaults
-    assert (settings["eps"], settings["weight_decay"]) == (1e-5, 0.0)
+    assert (settings["betas"], settings["eps"], settings["weight_decay"]) == ((0.9, 0.999), 1e-5, 0.0)
 
 
 def test_every_trained_weight_gets_a_gradient(

@@ -138,13 +138,14 @@ def test_every_number_of_the_constructor_is_looked_at() -> None:
         "ptx_data",
         "seed",
         "max_bad_updates",
+        "rescore",
         "offload",
         "preflight",
     }
     assert set(DEFAULTS) - others == looked_at
 
 
-@pytest.mark.parametrize(("settings", "message"), [OUT_OF_RANGE[0], *CONTRADICTIONS])
+@pytest.mark.parametrize(("settings", "message"), [*OUT_OF_RANGE, *CONTRADICTIONS])
 def test_settings_are_looked_at_before_anything_is_loaded(settings: Settings, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         PPOModule(**{"model": "no/such/folder", "reward": "no/such/reward", **settings})

@@ -78,6 +78,19 @@ def test_the_likeliest_tokens_with_ended_rows_are_those_of_transformers_generate
     assert torch.equal(respond(network, batch, tokenizer, stops, temperature=0.0).tokens, expected)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("sampler", ["builtin", "transformers"])
+def test_what_the_generation_config_of_the_network_says_of_sampling_changes_no_token(
+    sampler: str, temperature: float, policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+) -> None:
+    network = policy()
+    settings = {"temperature": temperature, "sampler": sampler}
+    drawn = sample(network, prompts(), [0], **settings)
+    said = {"top_k": 1, "top_p": 0.01, "temperature": 0.01, "repetition_penalty": 9.0, "no_repeat_ngram_size": 1}
+    network.generation_config.update(do_sample=True, suppress_tokens=drawn[0].tolist(), **said)
+    assert torch.equal(sample(network, prompts(), [0], **settings), drawn)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_tokens_are_drawn_from_the_softmax_of_the_logits_over_temperature(
     temperature: float, policy: Callable[..., Any]
@@ -258,12 +271,17 @@ def test_logits_that_are_not_finite_are_an_input_error(
             sample(network, prompts(), NEVER)
 
 
-def test_sampling_leaves_the_mode_and_the_settings_of_the_network(
-    policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+@pytest.mark.parametrize("sampler", ["builtin", "transformers"])
+def test_sampling_is_without_dropout_and_leaves_the_mode_and_the_settings_of_the_network(
+    sampler: str, policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
 ) -> None:
-    network = policy()
-    before = (network.training, network.config.use_cache)
-    tokens = sample(network, prompts(), NEVER, max_new_tokens=2)
-    assert (network.training, network.config.use_cache) == before
+    network = policy("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+    expected = sample(network, prompts(), [0], sampler=sampler)
+    # One block is in training mode, as after a callback that trained a part.
+    network.transformer.h[1].train()
+    before = [(name, part.training) for name, part in network.named_modules()], network.config.to_dict()
+    tokens = sample(network, prompts(), [0], sampler=sampler)
+    assert torch.equal(tokens, expected)
+    assert ([(name, part.training) for name, part in network.named_modules()], network.config.to_dict()) == before
     assert not tokens.requires_grad
     assert all(p.grad is None for p in network.parameters())
