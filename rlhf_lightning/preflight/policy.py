@@ -219,13 +219,14 @@ def noise_of(network: nn.Module, rollout: Rollout, micro_batch_size: int) -> str
 
 
 def different_weights(one: nn.Module, other: nn.Module) -> list[str]:
-    """Return the names of the weights that are not equal in both networks."""
-    others = dict(other.named_parameters())
-    return [
-        name
-        for name, weight in one.named_parameters()
-        if name not in others or weight.shape != others[name].shape or not torch.equal(weight, others[name])
-    ]
+    """Return the names of the weights that are not equal in both networks, or that only one of them has."""
+    # A layer with an adapter holds the plain one as its base_layer.
+    ones, others = (
+        {name.replace(".base_layer.", "."): weight for name, weight in network.named_parameters()}
+        for network in (one, other)
+    )
+    in_both = ones.keys() & others.keys()
+    return [name for name in ones | others if name not in in_both or not torch.equal(ones[name], others[name])]
 
 
 def first_experience(scored: ScoredRollout) -> Experience:

@@ -1,16 +1,102 @@
-"""The published recipes, each run whole at toy size: their settings, with smaller batches and fewer steps."""
+"""The published recipes: the values that the papers give, and each run whole with smaller batches and fewer steps."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rlhf_lightning.cli.application import run_verb
 
 RECIPES = ["stiennon2020", "instructgpt", "nplus2024", "rloo2024"]
+TASK_OF_SUMMARIES = {
+    "data.sft.batch_size": 128,
+    "data.reward.batch_size": 64,
+    "trainer.sft.max_epochs": 1,
+    "trainer.reward.max_epochs": 1,
+    "module.ppo.advantage": "gae",
+    "module.ppo.kl_penalty": "reward",
+    "module.ppo.beta": 0.05,
+    "module.ppo.gamma": 1.0,
+    "module.ppo.lam": 0.95,
+    "module.ppo.clip_range": 0.2,
+    "module.ppo.lr_schedule": "linear",
+    "module.ppo.lr_floor": 0.0,
+    "module.ppo.warmup_steps": 0,
+    "module.ppo.minibatch_size": 512,
+}
+NPLUS = {
+    **TASK_OF_SUMMARIES,
+    "module.sft.learning_rate": 3e-6,
+    "module.sft.lr_schedule": "cosine",
+    "module.sft.lr_floor": 0.0,
+    "module.reward.learning_rate": 3e-6,
+    "module.ppo.learning_rate": 3e-6,
+    "module.ppo.critic_learning_rate": 3e-6,
+    "module.ppo.value_clip_range": 0.2,
+    "module.ppo.value_coef": 0.1,
+    "module.ppo.temperature": 0.7,
+    "module.ppo.missing_eos": "replace",
+    "module.ppo.missing_eos_penalty": 1.0,
+    "module.ppo.score_placement": "after_end",
+    "module.ppo.ppo_epochs": 4,
+    "module.ppo.samples_per_prompt": 1,
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "stiennon2020": {
+        **TASK_OF_SUMMARIES,
+        "module.reward.learning_rate": 1.5e-5,
+        "module.reward.lr_schedule": "cosine",
+        "module.reward.shift_scores": True,
+        "module.ppo.critic": "separate",
+        "module.ppo.learning_rate": 1.5e-5,
+        "module.ppo.critic_learning_rate": 1.5e-5,
+        "module.ppo.ppo_epochs": 4,
+        "module.ppo.samples_per_prompt": 1,
+    },
+    "instructgpt": {
+        "data.sft.batch_size": 32,
+        "data.reward.batch_size": 64,
+        "trainer.sft.max_epochs": 16,
+        "trainer.reward.max_epochs": 1,
+        "module.sft.learning_rate": 9.65e-6,
+        "module.sft.lr_schedule": "cosine",
+        "module.sft.lr_floor": 0.1,
+        "module.sft.dropout": 0.2,
+        "module.reward.ranking_loss": "pairwise",
+        "module.reward.learning_rate": 9e-6,
+        "module.reward.lr_schedule": "cosine",
+        "module.reward.lr_floor": 0.1,
+        "module.reward.shift_scores": True,
+        "module.ppo.advantage": "gae",
+        "module.ppo.beta": 0.02,
+        "module.ppo.clip_range": 0.2,
+        "module.ppo.temperature": 1.0,
+        "module.ppo.ppo_epochs": 1,
+        "module.ppo.minibatch_size": 64,
+        "module.ppo.samples_per_prompt": 1,
+        "module.ppo.learning_rate": 9.65e-6,
+        "module.ppo.critic_learning_rate": 9e-6,
+        "module.ppo.lr_schedule": "constant",
+        "module.ppo.warmup_steps": 10,
+        "module.ppo.ema_decay": 0.992,
+        "module.ppo.ptx_coef": 27.8,
+        "module.ppo.ptx_data.batch_size": 8 * 64,
+    },
+    "nplus2024": NPLUS,
+    "rloo2024": {
+        **NPLUS,
+        "module.ppo.advantage": "rloo",
+        "module.ppo.samples_per_prompt": 4,
+        "module.ppo.loss_mean": "sequences",
+        "module.ppo.ppo_epochs": 1,
+    },
+}
+EPISODES = {"stiennon2020": 1_000_000, "instructgpt": 256_000, "nplus2024": 1_000_000, "rloo2024": 1_000_000}
 TOY = [
     "data.sft.batch_size=4",
     "data.reward.batch_size=2",
@@ -59,6 +145,18 @@ def arguments(recipe: str, files: dict[str, Path], output: Path) -> list[str]:
         "module.ppo.minibatch_size=8",
         f"output_dir={output}",
     ]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_has_the_values_that_its_paper_gives(recipe: str) -> None:
+    with hydra.initialize_config_module("rlhf_lightning.conf", version_base="1.3"):
+        config = hydra.compose("pipeline", [f"experiment={recipe}"])
+    published = PUBLISHED[recipe]
+    assert {name: OmegaConf.select(config, name) for name in published} == published
+    rollout = config.data.ppo.batch_size * config.module.ppo.samples_per_prompt
+    assert rollout == 512
+    assert config.trainer.ppo.max_steps * rollout == pytest.approx(EPISODES[recipe], rel=1e-3)
+    assert config.trainer.ppo.max_epochs is None
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

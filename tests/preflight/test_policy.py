@@ -1,6 +1,7 @@
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf_lightning.modules import PPOModule
+from rlhf_lightning.networks import LoRA, NetworkConfig, load_policy, load_tokenizer, save_pretrained
+from rlhf_lightning.networks.lora import adapter_weights, has_adapter, remove_adapter
+from rlhf_lightning.networks.roles import frozen, on_the_same_backbone
 from rlhf_lightning.preflight import Finding, check_ppo
 from rlhf_lightning.preflight.policy import SAME_CALL, check_left_padding, precision
 from rlhf_lightning.preflight.probe import sample_probe
@@ -92,6 +96,44 @@ def test_a_reference_that_reads_otherwise_with_equal_weights_is_named(
     assert "adapters" in found["KL to the reference"].remedy
 
 
+def moved(network: Any) -> Any:
+    """The network with an adapter that adds something, as one that was trained."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in adapter_weights(network).values():
+        weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+    return network
+
+
+def test_a_reference_whose_adapter_was_left_on_is_named(
+    wide_model: Path, make: Make, prompts: PromptBatch, faults: Faults
+) -> None:
+    """The policy goes on from merged weights under a new adapter; the reference has the old one on top of them."""
+    module = make(NetworkConfig(str(wide_model), lora=LoRA(r=4), roles="shared"))
+    assert not has_adapter(module.reference)
+    assert faults(check_ppo(module, prompts)) == {}
+    module.reference = frozen(moved(on_the_same_backbone(module.policy)))
+    found = faults(check_ppo(module, prompts))
+    assert set(found) == {"KL to the reference"}
+    assert found["KL to the reference"].status == "error"
+    assert "weights differ from the reference's, the first is " in found["KL to the reference"].measured
+    assert ".lora_" in found["KL to the reference"].measured
+
+
+def test_a_reference_whose_adapter_was_left_off_is_named(
+    wide_model: Path, make: Make, prompts: PromptBatch, faults: Faults, tmp_path: Path
+) -> None:
+    """The policy starts with a trained adapter, which is part of p_FT too."""
+    network = NetworkConfig(str(wide_model), lora=LoRA(r=4))
+    save_pretrained(moved(load_policy(network)), load_tokenizer(wide_model), tmp_path, export="adapter")
+    module = make(NetworkConfig(str(tmp_path), lora=LoRA(r=4), roles="shared"))
+    assert has_adapter(module.reference)
+    assert faults(check_ppo(module, prompts)) == {}
+    remove_adapter(module.reference)
+    found = faults(check_ppo(module, prompts))
+    assert set(found) == {"KL to the reference"}
+    assert ".lora_" in found["KL to the reference"].measured
+
+
 # Temperature -----------------------------------------------------------------
 
 
@@ -152,15 +194,17 @@ def test_a_temperature_that_is_missing_in_one_place_is_named_with_the_place(
 
 
 class ShiftsTheUpdates(PPOModule):
-    """Its updates take the logits at t for the token at t."""
+    """Its updates read each response one token early, from the last token of the prompt on."""
 
     def losses(self, experience: Experience) -> dict[str, Tensor]:
-        losses = super().losses(experience)
-        return losses | {"ratio": losses["ratio"].roll(1, dims=1) * 1.01}
+        return super().losses(replace(experience, response_starts=experience.response_starts - 1))
 
 
-def test_updates_that_read_the_policy_otherwise_are_named(make: Make, prompts: PromptBatch, faults: Faults) -> None:
-    found = faults(check_ppo(make(None, ShiftsTheUpdates), prompts))
+def test_updates_that_are_shifted_by_one_token_are_named(make: Make, prompts: PromptBatch, faults: Faults) -> None:
+    # A prompt of one token has none before it to predict that from.
+    longer = prompts.rows((prompts.prompt_mask.sum(dim=1) > 1).nonzero().flatten()[:3])
+    assert faults(check_ppo(make(), longer)) == {}
+    found = faults(check_ppo(make(None, ShiftsTheUpdates), longer))
     assert set(found) == {"first ratio"}
     assert "shift by one token" in found["first ratio"].remedy
 
