@@ -92,6 +92,17 @@ def test_what_is_frozen_gets_no_gradient_and_the_other_the_same(function: Callab
     assert torch.equal(others[1 - frozen].grad, operands[1 - frozen].grad)
 
 
+def test_logits_in_bfloat16_are_worked_on_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 16, generator=generator).bfloat16() for rows in (9, 50))
+    tokens = torch.randint(50, (9,), generator=generator)
+    found, entropies = head_logprobs_and_entropy(hidden, weight, None, tokens)
+    logprobs = torch.nn.functional.linear(hidden, weight).float().log_softmax(dim=1)
+    assert found.dtype == entropies.dtype == torch.float32
+    torch.testing.assert_close(found, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropies, -(logprobs.exp() * logprobs).sum(dim=1), rtol=1e-5, atol=1e-5)
+
+
 def test_half_precision_is_worked_on_as_under_autocast() -> None:
     hidden, weight, _, tokens = inputs(torch.float32, bias=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
