@@ -36,7 +36,12 @@ OURS: dict[str, dict[str, dict[str, Any]]] = {
     "sft": {"grouped": {"group_by_length": True}, "padded": {"group_by_length": False}},
     "reward": {"grouped": {"group_by_length": True}, "padded": {"group_by_length": False}},
     "sampling": {"sampler": {}},
-    "ppo": {"separate": {}, "shared_trunk": {"critic": "shared_trunk"}, "lora": {"roles": "shared"}},
+    "ppo": {
+        "separate": {},
+        "shared_trunk": {"critic": "shared_trunk"},
+        "lora": {"roles": "shared"},
+        "lora_trunk": {"roles": "shared", "critic": "shared_trunk"},
+    },
 }
 THEIRS: dict[str, dict[str, dict[str, Any]]] = {
     "sft": {
@@ -61,7 +66,7 @@ THEIRS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Grouped: the rows sorted by length, as groups of a large data set are; default: with the checkpoints TRL sets."""
 
-COMPUTES_ANOTHER = ("trl_wrapped", "lora", "trl_lora", "shared_trunk")
+COMPUTES_ANOTHER = ("trl_wrapped", "lora", "lora_trunk", "trl_lora", "shared_trunk")
 """Ways whose first losses differ by nature: texts that follow each other in a row, other trained weights."""
 
 

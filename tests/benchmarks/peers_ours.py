@@ -23,7 +23,7 @@ from rlhf_lightning import (
 )
 from rlhf_lightning.networks import LoRA, NetworkConfig, load_policy
 from rlhf_lightning.rollout.generate import sample_tokens
-from rlhf_lightning.types import PromptBatch, Rollout
+from rlhf_lightning.types import PromptBatch, SampledRollout
 
 PAD, EOS = 0, 1
 
@@ -95,6 +95,8 @@ def ppo(turns: Turns, run: dict[str, Any]) -> None:
         missing_eos="subtract",
         missing_eos_penalty=0.0,
         max_grad_norm=1e9,
+        # Given responses were not drawn.
+        rescore=run["check"],
         preflight=False,
     )
     module.given = {tuple(row["ids"]): row["response"] for row in rows}
@@ -107,19 +109,20 @@ class Given(PPOModule):
 
     given: dict[tuple[int, ...], list[int]]
 
-    def generate(self, batch: PromptBatch, draw: int) -> Rollout:
+    def generate(self, batch: PromptBatch, draw: int) -> SampledRollout:
         prompts = zip(batch.prompt_tokens, batch.prompt_mask, strict=True)
         found = [self.given[tuple(tokens[mask].tolist())] for tokens, mask in prompts]
         longest = max(map(len, found))
         mask = torch.arange(longest) < torch.tensor([[len(x)] for x in found])
         tokens = torch.tensor([x + [PAD] * (longest - len(x)) for x in found])
-        return Rollout(
+        return SampledRollout(
             **vars(batch),
             tokens=torch.cat([batch.prompt_tokens, tokens], dim=1),
             attention_mask=torch.cat([batch.prompt_mask, mask], dim=1),
             response_mask=mask,
             ended=(tokens == EOS).any(dim=1),
             responses=[text(x[:-1]) for x in found],
+            sampler_logprobs=torch.full(mask.shape, torch.nan, dtype=torch.float32),
         )
 
 
