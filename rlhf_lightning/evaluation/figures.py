@@ -98,6 +98,28 @@ def ppo_curves_figure(curves: Mapping[str, Curve]) -> "Figure":
     return figure
 
 
+def distance_figure(curves: Mapping[str, Curve]) -> "Figure":
+    """Draw the score that PPO maximises and the judge's over the distance from the reference, the root of the KL.
+
+    Where the first still rises and the second falls, the policy lives on the reward's errors (Gao et al. 2023).
+    """
+    figure, all_axes = _figure(6.6, 2.8, columns=2)
+    kl = dict(zip(curves["ppo/kl"]["step"], curves["ppo/kl"]["value"], strict=True))
+    for axes, name in zip(all_axes, ("ppo/score", "ppo/judge_score"), strict=True):
+        title, subtitle, hue = PPO_PANELS[name]
+        curve = curves[name]
+        points = [(kl.get(x), y) for x, y in zip(curve["step"], curve["value"], strict=True)]
+        both = [(d, y) for d, y in points if d is not None and y is not None and math.isfinite(d) and math.isfinite(y)]
+        # The KL of a rollout's samples may lie a little below 0.
+        distances = [math.sqrt(max(0.0, d)) for d in moving_mean([d for d, _ in both], width=len(both) // 12)]
+        axes.scatter(distances, [y for _, y in both], s=12, color=hue, alpha=0.35, linewidth=0)
+        smooth = moving_mean([y for _, y in both], width=len(both) // 12)
+        axes.plot(distances, smooth, color=hue, linewidth=2)
+        _title(axes, title, subtitle)
+        axes.set_xlabel("root of the KL to the reference, nats", color=QUIET, fontsize=9)
+    return figure
+
+
 def reward_figure(card: RewardCard, *, ceiling: float | None = None) -> "Figure":
     """Draw accuracy by the size of the margin, beside how right the model is when it says how sure it is."""
     figure, (left, right) = _figure(7.6, 3.2, columns=2)

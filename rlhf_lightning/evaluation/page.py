@@ -36,6 +36,7 @@ ALTERNATIVES = {
     "win_rate": "Bars: win rate of each policy against demonstrations with 95 % intervals",
     "reward": "Left: accuracy by size of the margin. Right: accuracy by confidence",
     "ppo": "Curves over rollouts: score, judge's score, KL",
+    "distance": "Score and judge's score over the square root of the KL to the reference",
     "training": "Curves of the loss of each stage",
     "time": "Bars: what the time of each stage was spent on",
 }
@@ -157,6 +158,7 @@ def _ppo(report: Report, figures: Mapping[str, str]) -> str:
         rows.append(["KL to the reference, nats a response", "0", number(ppo["kl"])])
     note = "Before and after PPO, on held-out prompts. The faint line is each rollout, the clear one its moving mean."
     body = _warning(report) + _figure("ppo", figures) + table(["measured", "before", "after"], rows)
+    body += _figure("distance", figures)
     return _section("PPO", note, body)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.evaluation.figures import (
     PPO_PANELS,
+    distance_figure,
     ppo_curves_figure,
     reward_figure,
     time_figure,
@@ -48,7 +49,7 @@ def write_report(report: Report, folder: str | Path) -> Path:
 
 
 def report_figures(report: Report) -> dict[str, "Figure"]:
-    """Return the figures that can be drawn of the report by name: win_rate, reward, ppo, training, time."""
+    """Return the figures that can be drawn of the report by name: win_rate, reward, ppo, distance, training, time."""
     figures: dict[str, Figure] = {}
     if report["win_rate"]:
         figures["win_rate"] = win_rate_figure({name: interval(rate) for name, rate in report["win_rate"].items()})
@@ -58,6 +59,8 @@ def report_figures(report: Report) -> dict[str, "Figure"]:
     curves = report["curves"]
     if "ppo" in curves and any(name in curves["ppo"] for name in PPO_PANELS):
         figures["ppo"] = ppo_curves_figure(curves["ppo"])
+        if PPO_PANELS.keys() <= curves["ppo"].keys():
+            figures["distance"] = distance_figure(curves["ppo"])
     losses = {stage: _losses(curves[stage]) for stage in curves if _losses(curves[stage])}
     if losses:
         figures["training"] = training_curves_figure(losses)

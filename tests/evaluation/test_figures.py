@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_lightning.evaluation.figures import (
     PARTS,
+    distance_figure,
     moving_mean,
     ppo_curves_figure,
     reward_figure,
@@ -64,6 +65,19 @@ def test_without_a_judge_there_is_no_panel_for_it(report: dict[str, Any]) -> Non
     figure = ppo_curves_figure(curves)
     assert len(figure.axes) == 2
     assert "Judge" not in texts(figure)
+
+
+def test_score_and_judge_stand_over_the_root_of_the_kl_of_their_own_rollout() -> None:
+    curves = {
+        "ppo/score": {"step": [1, 2, 3], "value": [0.0, 1.0, 2.0]},
+        "ppo/judge_score": {"step": [1, 3], "value": [0.5, None]},
+        "ppo/kl": {"step": [0, 1, 2, 3], "value": [None, -0.01, 4.0, 9.0]},
+    }
+    score, judge = distance_figure(curves).axes
+    assert list(score.lines[0].get_xdata()) == [0.0, 2.0, 3.0]
+    assert list(score.lines[0].get_ydata()) == [0.0, 1.0, 2.0]
+    assert list(judge.lines[0].get_xdata()) == [0.0]
+    assert "root of the KL to the reference" in texts(score)
 
 
 def test_gaps_are_left_out_and_nothing_at_all_is_said() -> None:

@@ -42,7 +42,7 @@ def test_the_same_report_is_the_same_files(report: dict[str, Any], tmp_path: Pat
     for name in ("one", "two"):
         write_report(report, tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
-    assert len(files) == 7
+    assert len(files) == 8
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -50,7 +50,7 @@ def test_the_same_report_is_the_same_files(report: dict[str, Any], tmp_path: Pat
 def test_each_figure_is_a_picture_in_the_folder(report: dict[str, Any], tmp_path: Path) -> None:
     write_report(report, tmp_path)
     pictures = {path.stem for path in (tmp_path / "figures").iterdir()}
-    assert pictures == {"win_rate", "reward", "ppo", "training", "time"}
+    assert pictures == {"win_rate", "reward", "ppo", "distance", "training", "time"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "figures").iterdir())
 
 
@@ -60,6 +60,7 @@ def test_each_figure_is_a_picture_in_the_folder(report: dict[str, Any], tmp_path
         ("win_rate", "win_rate"),
         ("reward", "reward"),
         ("curves", "ppo"),
+        ("curves", "distance"),
         ("curves", "training"),
         ("throughput", "time"),
     ],
