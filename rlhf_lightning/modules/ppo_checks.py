@@ -96,6 +96,14 @@ def without_effect(settings: Mapping[str, Any], constructor: Callable[..., Any])
     ]
 
 
+def nearest_divisors(number: int, wanted: int) -> list[int]:
+    """Return the largest divisor of ``number`` below ``wanted`` and the smallest above it, where there is one."""
+    divisors = [size for size in range(1, number + 1) if number % size == 0]
+    below = [size for size in divisors if size < wanted]
+    above = [size for size in divisors if size > wanted]
+    return below[-1:] + above[:1]
+
+
 def _check_types(settings: Mapping[str, Any]) -> None:
     for name in (*NOT_NEGATIVE, *ABOVE_0, *AT_LEAST_1, "gamma", "lam", "lr_floor", "top_p"):
         check_number(name, settings[name], whole=name in (*AT_LEAST_1, "warmup_steps"))

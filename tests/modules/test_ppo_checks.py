@@ -15,6 +15,7 @@ from rlhf_lightning.modules.ppo_checks import (
     CHOICES,
     NOT_NEGATIVE,
     check_settings,
+    nearest_divisors,
     without_effect,
 )
 from rlhf_lightning.networks import LoRA, NetworkConfig
@@ -192,3 +193,11 @@ def test_a_setting_that_another_turns_off_is_named(turned_off_by: Settings, idle
     assert without_effect(DEFAULTS | turned_off_by, PPOModule) == []
     active = {"baseline": {"advantage": "reinforce"}, "adaptive_kl_horizon": {"adaptive_kl_target": 6.0}}
     assert without_effect(DEFAULTS | idle | active.get(next(iter(idle)), {}), PPOModule) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "wanted", "expected"),
+    [(12, 5, [4, 6]), (60, 32, [30, 60]), (13, 2, [1, 13]), (6, 7, [6]), (4, 3, [2, 4])],
+)
+def test_the_divisors_on_both_sides_of_a_number_are_named(number: int, wanted: int, expected: list[int]) -> None:
+    assert nearest_divisors(number, wanted) == expected
