@@ -108,7 +108,9 @@ def test_a_second_run_skips_every_stage_and_reports_the_same(
 def test_a_finished_stage_is_not_mixed_with_other_settings(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*TINY, f"output_dir={finished}", "module.sft.learning_rate=0.5"]
     assert run_verb("pipeline", arguments) == 2
-    assert "module.learning_rate: was 0.003, is now 0.5" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "module.learning_rate: was 0.003, is now 0.5" in said
+    assert "go on" not in said  # with the same command, which would be refused again
 
 
 def test_a_stage_whose_folder_is_gone_runs_again_with_all_that_follows(
