@@ -59,6 +59,8 @@ def _smallest_network() -> "nn.Module":
     from transformers import GPT2Config, GPT2LMHeadModel
 
     # Tied embeddings and dropout layers: nothing that a setting may ask of a network is missing.
-    config = GPT2Config(vocab_size=4, n_embd=2, n_layer=1, n_head=1, n_positions=8, pad_token_id=0)
+    config = GPT2Config(
+        vocab_size=4, n_embd=2, n_layer=1, n_head=1, n_positions=8, pad_token_id=0, bos_token_id=1, eos_token_id=1
+    )
     config.num_labels = 1
     return GPT2LMHeadModel(config)

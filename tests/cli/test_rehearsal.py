@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_lightning.cli.rehearsal import bare_trainer, look_at_rows, rehearse
+from rlhf_lightning.cli.rehearsal import _smallest_network, bare_trainer, look_at_rows, rehearse
 from rlhf_lightning.data import PPODataModule, SFTDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks import load_tokenizer
@@ -32,6 +32,14 @@ def stage(name: str, data: str, module: str, **settings: Any) -> dict[str, Any]:
 def test_a_stage_is_rehearsed_without_its_network_and_its_rows(name: str, data: str, module: str) -> None:
     settings = {"reward": "no/such/reward", "minibatch_size": 2} if name == "ppo" else {}
     assert rehearse(name, stage(name, data, module, **settings)).batch_size == 4
+
+
+def test_the_special_tokens_of_the_network_that_is_none_are_in_its_vocabulary() -> None:
+    # Of others transformers warns.
+    config: Any = _smallest_network().config
+    assert all(
+        0 <= token < config.vocab_size for token in (config.pad_token_id, config.bos_token_id, config.eos_token_id)
+    )
 
 
 def test_what_only_trainer_and_module_together_know_is_refused() -> None:
