@@ -13,7 +13,7 @@ import tomllib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import pytest
@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import rlhf_lightning
 from rlhf_lightning.cli.application import SOURCES, run_verb
-from rlhf_lightning.cli.checks import check, plain
+from rlhf_lightning.cli.checks import check, leaves, plain
 from rlhf_lightning.cli.main import VERBS
 from rlhf_lightning.cli.pipeline import wire
 
@@ -248,6 +248,20 @@ def test_the_tables_of_settings_are_the_constructors(page: str, heading: str, co
         else:
             assert repr(ast.literal_eval(code(default))) == repr(expected), name
         assert meaning
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "generate"])
+def test_the_tables_of_settings_of_a_verb_are_its_config(verb: str) -> None:
+    text = (ROOT / "docs" / "evaluate.md").read_text("utf-8")
+    config = cast(DictConfig, OmegaConf.load(ROOT / "conf" / f"{verb}.yaml"))
+    # Those that hold an interpolation are told of below the table.
+    expected = {
+        key: "null" if value is None else str(value)
+        for key, value in leaves(OmegaConf.to_container(config), "")
+        if not key.startswith("defaults.") and "${" not in str(value)
+    }
+    rows = table(text, f"Settings of `rlhf {verb}`", "setting")
+    assert {code(name): code(default) for name, default, _ in rows} == expected
 
 
 def throughput_of(stage: str) -> set[str]:

@@ -61,10 +61,15 @@ def check_strategy(module: Config, trainer: Config) -> None:
     """Raise `InputError` where the stage of a module cannot run under the strategy of its Trainer."""
     from rlhf_lightning.preflight import check_ppo_strategy
 
-    kind = target("module", module["_target_"])
     strategy = trainer["strategy"]
-    if inspect.isclass(kind) and any(base.__name__ == "PPOModule" for base in kind.__mro__):
+    if is_ppo(module):
         check_ppo_strategy(strategy["_target_"] if isinstance(strategy, dict) else strategy)
+
+
+def is_ppo(module: Config) -> bool:
+    """Return whether the node of a module names `PPOModule` or a class made from it."""
+    kind = target("module", module["_target_"])
+    return inspect.isclass(kind) and any(base.__name__ == "PPOModule" for base in kind.__mro__)
 
 
 def target_nodes(node: object, path: str) -> Iterator[tuple[str, Config]]:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from rlhf_lightning.cli.build import build
 from rlhf_lightning.cli.checks import Config, check, plain
 from rlhf_lightning.cli.console import quieten_libraries
-from rlhf_lightning.cli.generate import SAMPLING_KEYS, check_sampling, device_of
+from rlhf_lightning.cli.generate import SAMPLING_KEYS, check_sampling, device_of, shown
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.jsonl import write_rows
 
@@ -82,7 +82,8 @@ def evaluate_policies(settings: Config, policies: dict[str, str], metric: str, f
     from rlhf_lightning.evaluation.win_rate import mean_interval
 
     rows = read_prompts(settings["data"])
-    references = references_of(rows) if metric == "rouge_l" else None
+    by_choice = settings["metric"] is not None
+    references = references_of(rows, by_choice=by_choice) if metric == "rouge_l" else None
     results: Config = {}
     written: list[Config] = [{"prompt": row.fields["prompt"]} for row in rows]
     answered = all(isinstance(row.fields.get("response"), str) for row in rows)
@@ -136,8 +137,12 @@ def answers_of(
     )
 
 
-def references_of(rows: "list[Row]") -> list[list[str]]:
-    """Return the reference responses of each row, its `references` or its `response`; raises `InputError` without."""
+def references_of(rows: "list[Row]", *, by_choice: bool) -> list[list[str]]:
+    """Return the reference responses of each row, its `references` or its `response`; raises `InputError` without.
+
+    Where the metric was not chosen, the error names the other one too.
+    """
+    instead = "" if by_choice else "; or pass reward=FOLDER or reward=file.py:function to score by a reward"
     found = []
     for row in rows:
         if "references" in row.fields:
@@ -145,7 +150,7 @@ def references_of(rows: "list[Row]") -> list[list[str]]:
         elif "response" in row.fields:
             found.append([row.fields["response"]])
         else:
-            raise InputError(f"{row.origin}: metric=rouge_l needs a response to compare with, or references")
+            raise InputError(f"{row.origin}: metric=rouge_l needs a response to compare with, or references{instead}")
     return found
 
 
@@ -199,4 +204,4 @@ def _show_samples(rows: list[Config]) -> None:
     for row in rows:
         print(f"\n{row['prompt']}")
         for name in list(row)[1:]:
-            print(f"  {name} ({row[name]['score']:.2f}): {row[name]['response']}")
+            print(f"  {name} ({row[name]['score']:.2f}): {shown(row[name]['response'])}")

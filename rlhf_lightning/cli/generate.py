@@ -33,8 +33,13 @@ def run(config: DictConfig) -> None:
     responses = _responses(settings, rows)
     write_rows(out, [{**row.fields, "response": text} for row, text in zip(rows, responses, strict=True)])
     if settings["prompt"] is not None:
-        print(responses[0])
+        print(shown(responses[0]))
     print(f"\n{len(responses)} responses are in {out}")
+
+
+def shown(response: str) -> str:
+    """Return what is printed for a response; one without a character that can be seen is "(empty)"."""
+    return response if response.strip() else "(empty)"
 
 
 def check_sampling(settings: Config) -> None:

@@ -6,11 +6,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rlhf_lightning.errors import InputError
+
 CTRL_C = 130
 TERMINATED = 143
 
 
 NOTHING_KEPT = "nothing had been finished that could be kept"
+
+
+class NotResumable(InputError):
+    """The same command would be refused again: there is nothing to go on with it."""
 
 
 class Stopped(BaseException):
@@ -26,7 +32,7 @@ class Stopped(BaseException):
 def resumable(hint: Callable[[], str | None]) -> Iterator[None]:
     """Say the text of ``hint`` when the block is stopped by Ctrl-C or by SIGTERM, or fails; None where nothing is kept.
 
-    To an error it is added as a note, which Python prints below the traceback.
+    To an error other than `NotResumable` it is added as a note, which Python prints below the traceback.
 
     Lightning answers Ctrl-C with ``sys.exit(1)`` and SIGTERM with a subclass of ``SystemExit``: both lose the exit
     code that a shell expects. An inner ``resumable`` has the last word.
@@ -43,6 +49,8 @@ def resumable(hint: Callable[[], str | None]) -> Iterator[None]:
                 # Lightning kills all processes, with another exit code, when one that it started fails.
                 sys.exit(0)
             raise Stopped(hint() or NOTHING_KEPT, TERMINATED) from stop
+        raise
+    except NotResumable:
         raise
     except Exception as error:
         if kept := hint():

@@ -1,6 +1,7 @@
 """`rlhf preflight`: what is wrong with a run, known in seconds, and what its numbers mean."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +71,12 @@ def look(
     module.trainer = plan
     tried("trainer", module.configure_callbacks)
     connect(here, module, data)
-    tried("rows", lambda: data.setup("fit"))
-    if data.train_rows:
-        tried("length", lambda: findings.append(lengths_of(data)))
+    try:
+        data.setup("fit")
+    except InputError as error:
+        findings.extend(faults_of_rows(data, error))
+    else:
+        findings.append(lengths_of(data))
     sizes: list[Size] = []
     if data.train_items:
         module.check_batch(data.collate(data.pad_token_id)(data.train_items[:1]))
@@ -90,6 +94,22 @@ def connect(trainer: "Trainer", module: Any, data: "TextDataModule[Any]") -> Non
     data.trainer = trainer
     module.setup("fit")
     trainer.precision_plugin.convert_module(module)
+
+
+def faults_of_rows(data: "TextDataModule[Any]", error: InputError) -> "list[Finding]":
+    """Return why the rows cannot be used: what a check finds, since it knows the remedy, else the error itself."""
+    from rlhf_lightning.preflight import Finding, of_status
+    from rlhf_lightning.preflight.text import check_chat_template, check_pad_token
+
+    findings: list[Finding] = []
+    if data.tokenizer is not None:
+        findings.append(check_pad_token(data.tokenizer, found_by_id=False))
+        findings.append(check_chat_template(data.tokenizer, conversation_of(data.train_rows)))
+    if data.train_rows and not of_status(findings, "error"):
+        # Where a row cannot be tokenised, the error has said it.
+        with suppress(InputError):
+            findings.append(lengths_of(data))
+    return of_status(findings, "error") or [Finding("rows", "error", str(error))]
 
 
 def lengths_of(data: "TextDataModule[Any]") -> "Finding":

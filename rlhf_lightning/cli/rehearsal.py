@@ -32,14 +32,20 @@ def rehearse(stage: str, settings: Config) -> "TextDataModule[Any]":
 
 
 def look_at_rows(stage: str, data: "TextDataModule[Any]", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Read all rows of a stage and tokenise the first; raises `InputError` where one of them cannot be read."""
+    """Read all rows of a stage, tokenise the first of each part, and count those of training.
+
+    Raises `InputError` where one of them cannot be read, or where they are fewer than a batch that must be whole. Rows
+    that will be dropped for their length still count here.
+    """
     from rlhf_lightning.data.tokenizing import Encoder
 
     data.check_tokenizer(tokenizer)
-    rows = data.read(data.path, split=data.split, setting=f"data.{stage}.path")
-    data.items(rows[0], Encoder(tokenizer, prompt_template=data.prompt_template), None)
-    if data.val_path is not None:
-        data.read(data.val_path, split=data.val_split or data.split, setting=f"data.{stage}.val_path")
+    # Rows with the same opening are one group, and an opening is a number of tokens.
+    data.tokenizer = tokenizer
+    train_rows, val_rows = data.parts(f"data.{stage}")
+    for row in [*train_rows[:1], *val_rows[:1]]:
+        data.items(row, Encoder(tokenizer, prompt_template=data.prompt_template), None)
+    data.check_whole_batch(len(train_rows), f"data.{stage}")
 
 
 def bare_trainer(path: str, node: Config) -> "Trainer":
@@ -53,6 +59,8 @@ def _smallest_network() -> "nn.Module":
     from transformers import GPT2Config, GPT2LMHeadModel
 
     # Tied embeddings and dropout layers: nothing that a setting may ask of a network is missing.
-    config = GPT2Config(vocab_size=4, n_embd=2, n_layer=1, n_head=1, n_positions=8, pad_token_id=0)
+    config = GPT2Config(
+        vocab_size=4, n_embd=2, n_layer=1, n_head=1, n_positions=8, pad_token_id=0, bos_token_id=1, eos_token_id=1
+    )
     config.num_labels = 1
     return GPT2LMHeadModel(config)

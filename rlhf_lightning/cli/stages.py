@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from rlhf_lightning.cli.checks import Config
+from rlhf_lightning.cli.interrupts import NotResumable
 from rlhf_lightning.cli.progress import Progress
-from rlhf_lightning.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def run_stage(
 
     A stage is complete while its record and all its ``outputs`` are there, and none of the files that it read, its
     ``inputs``, holds anything else by now. Otherwise only the stages ``before`` it stay complete, since the others were
-    made from what it wrote. Raises `InputError` where it was completed with other settings: nothing of another run is
+    made from what it wrote. Raises `NotResumable` where it was completed with other settings: nothing of another run is
     mixed in silently. ``progress`` holds what a stage keeps while it runs, for the next time if it is stopped.
     """
     # As it will be read back: tuples are lists there.
@@ -115,7 +115,7 @@ def _check_same(records: Records, stage: str, stored: Config, settings: Config) 
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
         lines = "\n".join(f"  {key}: was {before.get(key)!r}, is now {now.get(key)!r}" for key in changed)
-        raise InputError(
+        raise NotResumable(
             f"{records.path(stage)}: this stage was completed with other settings\n{lines}\n"
             f"choose another output_dir, or delete {records.folder} to run all stages again"
         )

@@ -83,8 +83,29 @@ def _message(verb: str, loader: ConfigLoaderImpl, config: DictConfig, override: 
     keys = [key for key in flat_keys(config) if not key.startswith("hydra.")]
     if override.key_or_group in keys:
         return None
+    elsewhere = _elsewhere(verb, loader, config, override)
+    if elsewhere is not None:
+        return elsewhere
     near = did_you_mean(override.key_or_group, [*keys, *loader.list_groups("")])
     return f"{override.key_or_group} is not a setting of `rlhf {verb}`{near}"
+
+
+def _elsewhere(verb: str, loader: ConfigLoaderImpl, config: DictConfig, override: Override) -> str | None:
+    """Return which other option of the setting's group, or of the module that data and callbacks follow, has it."""
+    key, chosen = override.key_or_group, config.hydra.runtime.choices
+    for group in dict.fromkeys(("module", key.split(".")[0])):
+        if group not in chosen:
+            continue
+        others = [option for option in loader.get_group_options(group, ObjectType.CONFIG) if option != chosen[group]]
+        having = [f"{group}={option}" for option in others if key in flat_keys(_alone(loader, verb, group, option))]
+        if having:
+            return f"{key} is a setting of {' or '.join(having)}; this run has {group}={chosen[group]}"
+    return None
+
+
+def _alone(loader: ConfigLoaderImpl, verb: str, group: str, option: str) -> DictConfig:
+    """Return the root config with one other choice."""
+    return _compose(loader, verb, [f"{group}={option}"])
 
 
 def did_you_mean(name: str, candidates: Sequence[str], prefix: str = "") -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from rlhf_lightning.cli.build import build, build_all, trainers_refusals
-from rlhf_lightning.cli.checks import Config, check, check_strategy, plain
+from rlhf_lightning.cli.checks import Config, check, check_strategy, is_ppo, plain
 from rlhf_lightning.cli.console import quieten_libraries
 from rlhf_lightning.cli.interrupts import resumable, this_command
 from rlhf_lightning.cli.lock import LOCK, only_run_in
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 """The folder in ``output_dir`` that conf/callbacks names."""
+
+STEPS_BETWEEN_ROWS = 10
+"""Optimizer steps from one row of the log to the next, where the trainer's log_every_n_steps is null."""
 
 ROOT_KEYS = [
     "seed",
@@ -79,7 +82,11 @@ def build_trainer(settings: Config, more_callbacks: "Sequence[Callback]" = ()) -
     """Return the Trainer with the callbacks and loggers of the settings, and ``more_callbacks`` behind them."""
     callbacks = [*build_all("callbacks", settings["callbacks"]).values(), *more_callbacks]
     loggers = list(build_all("logger", settings["logger"]).values())
-    trainer: Trainer = build("trainer", settings["trainer"], callbacks=callbacks, logger=loggers or False)
+    node = settings["trainer"]
+    if "log_every_n_steps" in node and node["log_every_n_steps"] is None:
+        # A rollout takes as long as many steps of the other stages.
+        node = node | {"log_every_n_steps": 1 if is_ppo(settings["module"]) else STEPS_BETWEEN_ROWS}
+    trainer: Trainer = build("trainer", node, callbacks=callbacks, logger=loggers or False)
     return trainer
 
 

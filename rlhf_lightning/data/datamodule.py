@@ -120,7 +120,7 @@ class TextDataModule(LightningDataModule, Generic[Item]):
         self.tokenizer = self._module_tokenizer() if self._given_tokenizer is None else self._given_tokenizer
         self._tokenize(self.tokenizer, self.limit(), stage)
         if stage == "fit":
-            self._require_whole_batch()
+            self.check_whole_batch(len(self.train_items) // self._ranks()["num_replicas"])
 
     def train_dataloader(self) -> "DataLoader[Any]":
         """Return the training rows in an order that is new in each epoch."""
@@ -188,6 +188,26 @@ class TextDataModule(LightningDataModule, Generic[Item]):
         """Return the rows of a source."""
         return read_rows(path, split=split, setting=setting)
 
+    def parts(self, setting: str = "data") -> tuple[list[Row], list[Row]]:
+        """Return the rows of training and of validation; ``setting`` is what messages call the settings of the data."""
+        rows = self.read(self.path, split=self.split, setting=f"{setting}.path")
+        if self.val_path is not None:
+            return rows, self.read(self.val_path, split=self.val_split or self.split, setting=f"{setting}.val_path")
+        self._check_splits()
+        val_split = self.val_split or self._validation_file()
+        if val_split is not None:
+            return rows, self.read(self.path, split=val_split, setting=f"{setting}.path")
+        return split_by_group(rows, self.val_fraction, seed=self.seed, group=self.group)
+
+    def check_whole_batch(self, rows: int, setting: str = "data") -> None:
+        """Raise `InputError` where so many training rows of one process make no batch."""
+        needed = self.batch_size if self.drop_incomplete_batch else 1
+        if rows < needed:
+            raise InputError(
+                f"{setting}.batch_size={self.batch_size} needs at least {needed} training rows for each process; "
+                f"there are {rows}"
+            )
+
     def max_positions(self) -> int | None:
         """Return the number of positions of the network that is trained; None without a Trainer or without a limit."""
         module = self._module()
@@ -221,7 +241,7 @@ class TextDataModule(LightningDataModule, Generic[Item]):
         """Make the items that the stage needs: validation alone does not pay for the training rows."""
         self.check_tokenizer(tokenizer)
         if not self.train_rows:
-            self.train_rows, self.val_rows = self._read()
+            self.train_rows, self.val_rows = self.parts()
         encoder = Encoder(tokenizer, prompt_template=self.prompt_template)
         if stage == "fit" and self._train_made_for != (tokenizer, limit):
             self.train_items = self._kept(self.train_rows, encoder, limit, "training")
@@ -229,16 +249,6 @@ class TextDataModule(LightningDataModule, Generic[Item]):
         if self._val_made_for != (tokenizer, limit):
             self.val_items = self._kept(self.val_rows, encoder, limit, "validation")
             self._val_made_for = (tokenizer, limit)
-
-    def _read(self) -> tuple[list[Row], list[Row]]:
-        rows = self.read(self.path, split=self.split, setting="data.path")
-        if self.val_path is not None:
-            return rows, self.read(self.val_path, split=self.val_split or self.split, setting="data.val_path")
-        self._check_splits()
-        val_split = self.val_split or self._validation_file()
-        if val_split is not None:
-            return rows, self.read(self.path, split=val_split, setting="data.path")
-        return split_by_group(rows, self.val_fraction, seed=self.seed, group=self.group)
 
     def _check_splits(self) -> None:
         """Raise `InputError` where another split of a file or of rows is wanted: they have only one."""
@@ -278,15 +288,6 @@ class TextDataModule(LightningDataModule, Generic[Item]):
         """Return in words what a row must fulfil not to be dropped."""
         return "" if limit is None else f"a row may have at most {limit.tokens} tokens ({limit.reason})"
 
-    def _require_whole_batch(self) -> None:
-        rows = len(self.train_items) // self._ranks()["num_replicas"]
-        needed = self.batch_size if self.drop_incomplete_batch else 1
-        if rows < needed:
-            raise InputError(
-                f"data.batch_size={self.batch_size} needs at least {needed} training rows for each process; "
-                f"there are {rows}"
-            )
-
     def _ranks(self) -> dict[str, int]:
         # The strategy knows best: under tensor parallelism several processes read the same rows.
         found = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
@@ -317,15 +318,16 @@ def split_by_group(
     drawn by a hash of what is asked, so that files with the same prompts hold out the same ones; where the files differ
     in a few, so may what they hold out.
     """
+    groups = [group(row) for row in rows]
     drawn: dict[str, bytes] = {}
-    for row in rows:
+    for name, row in zip(groups, rows, strict=True):
         # By what is asked, so that a group of one file and the prompts of another are drawn alike.
         draw = blake2b(f"{seed} {asked(row)}".encode()).digest()
-        drawn[group(row)] = min(draw, drawn.get(group(row), draw))
+        drawn[name] = min(draw, drawn.get(name, draw))
     size = min(max(1, round(fraction * len(drawn))), len(drawn) - 1) if fraction > 0 else 0
     held_out = set(sorted(drawn, key=lambda name: drawn[name])[:size])
-    train = [row for row in rows if group(row) not in held_out]
-    return train, [row for row in rows if group(row) in held_out]
+    train = [row for name, row in zip(groups, rows, strict=True) if name not in held_out]
+    return train, [row for name, row in zip(groups, rows, strict=True) if name in held_out]
 
 
 def tightest(*limits: Limit | None) -> Limit | None:

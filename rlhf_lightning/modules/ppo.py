@@ -40,7 +40,14 @@ from rlhf_lightning.modules.language import (
     without_dropout_on_purpose,
 )
 from rlhf_lightning.modules.micro_batches import estimated_micro_batch, largest_micro_batch
-from rlhf_lightning.modules.ppo_checks import CriticKind, KLPenalty, LossMean, check_settings, without_effect
+from rlhf_lightning.modules.ppo_checks import (
+    CriticKind,
+    KLPenalty,
+    LossMean,
+    check_settings,
+    nearest_divisors,
+    without_effect,
+)
 from rlhf_lightning.modules.ptx import BatchStream
 from rlhf_lightning.modules.sharding import Gathering, gathered_where_wanted, shards_weights
 from rlhf_lightning.networks import Critic, Model, NetworkConfig, load_policy, stop_token_ids
@@ -694,9 +701,10 @@ class PPOModule(LanguageModule):
         """Raise `InputError` where the rollout of so many prompts of one process cannot be cut into minibatches."""
         rollout_size = prompts * self.samples_per_prompt
         if rollout_size % self.minibatch_size:
+            near = nearest_divisors(rollout_size, self.minibatch_size)
             raise InputError(
                 f"minibatch_size={self.minibatch_size} must divide the rollout of {rollout_size} sequences "
-                "(data.batch_size * samples_per_prompt)"
+                f"(data.batch_size * samples_per_prompt): {' or '.join(map(str, near))} would"
             )
 
     def _updates_per_rollout(self, rollout_size: int) -> int:

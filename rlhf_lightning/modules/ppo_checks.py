@@ -3,7 +3,10 @@
 import math
 from collections.abc import Callable, Mapping
 from inspect import signature
+from pathlib import Path
 from typing import Any, Literal, get_args
+
+from lightning import LightningDataModule
 
 from rlhf_lightning.errors import InputError, check_number, check_seed
 from rlhf_lightning.functional.schedules import Schedule
@@ -93,6 +96,14 @@ def without_effect(settings: Mapping[str, Any], constructor: Callable[..., Any])
     ]
 
 
+def nearest_divisors(number: int, wanted: int) -> list[int]:
+    """Return the largest divisor of ``number`` below ``wanted`` and the smallest above it, where there is one."""
+    divisors = [size for size in range(1, number + 1) if number % size == 0]
+    below = [size for size in divisors if size < wanted]
+    above = [size for size in divisors if size > wanted]
+    return below[-1:] + above[:1]
+
+
 def _check_types(settings: Mapping[str, Any]) -> None:
     for name in (*NOT_NEGATIVE, *ABOVE_0, *AT_LEAST_1, "gamma", "lam", "lr_floor", "top_p"):
         check_number(name, settings[name], whole=name in (*AT_LEAST_1, "warmup_steps"))
@@ -162,10 +173,20 @@ def _check_together(settings: Mapping[str, Any]) -> None:
             "offload=True with network.roles=shared: reference and reward model are the policy's own weights, which "
             "must stay; set module.offload=false"
         )
+    _check_ptx_data(settings["ptx_data"])
     if (settings["ptx_data"] is None) != (settings["ptx_coef"] == 0):
         raise InputError(
             f"ptx_coef={settings['ptx_coef']} and ptx_data={settings['ptx_data']} belong together: the weight of the "
             "pretraining gradient and the DataModule that it is taken on"
+        )
+
+
+def _check_ptx_data(texts: object) -> None:
+    if texts is not None and not isinstance(texts, LightningDataModule):
+        path = texts if isinstance(texts, str | Path) else "FILE"
+        raise InputError(
+            f"ptx_data={texts!r} must be a DataModule that reads the texts: SFTDataModule({str(path)!r}), on the "
+            f"command line\n  'module.ptx_data={{_target_: rlhf_lightning.SFTDataModule, path: {path}}}'"
         )
 
 

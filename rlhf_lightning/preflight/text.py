@@ -43,7 +43,9 @@ def check_pad_token(tokenizer: "PreTrainedTokenizerBase", *, found_by_id: bool) 
     pad: Any = tokenizer.pad_token_id
     measured = f"pad is {tokenizer.pad_token!r} ({pad}), the end token {tokenizer.eos_token!r}"
     if pad is None:
-        return Finding(name, "error", "the tokenizer has no pad token", "name one with network.pad_token=...")
+        return Finding(
+            name, "error", "the tokenizer has no pad token", "name one, as in 'network.pad_token=\"<|pad|>\"'"
+        )
     if pad != tokenizer.eos_token_id:
         return Finding(name, "ok", measured)
     status: Status = "error" if found_by_id else "warning"
@@ -65,7 +67,12 @@ def check_chat_template(tokenizer: "PreTrainedTokenizerBase", conversation: Sequ
     if tokenizer.chat_template is None:
         if conversation is None:
             return Finding(name, "ok", "none, and the rows are texts")
-        return Finding(name, "error", "rows are conversations, the tokenizer has no template", "use text prompts")
+        return Finding(
+            name,
+            "error",
+            "rows are conversations, the tokenizer has no template",
+            "use text prompts, or a model whose tokenizer has one",
+        )
     from jinja2 import TemplateError
 
     asked = list(conversation or GREETING)

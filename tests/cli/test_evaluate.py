@@ -106,7 +106,14 @@ def test_reward_model_that_always_scores_the_same_is_right_half_of_the_time(
         (["policies.sft={model}"], "data.path is required"),
         (["policies.sft={model}", "data.path=rows.jsonl", "metric=reward"], "metric=reward needs a reward"),
         (["policies.sft={model}", "data.path=rows.jsonl", "metric=bleu"], "metric=bleu"),
-        (["policies.sft={model}", "data.path=prompts.jsonl"], "metric=rouge_l needs a response"),
+        (
+            ["policies.sft={model}", "data.path=prompts.jsonl"],
+            "metric=rouge_l needs a response to compare with, or references; or pass reward=FOLDER or reward=file.py",
+        ),
+        (
+            ["policies.sft={model}", "data.path=prompts.jsonl", "metric=rouge_l"],
+            "metric=rouge_l needs a response to compare with, or references\n",
+        ),
         (["policies.stf={model}"], "did you mean policies.sft?"),
         (["reward_data.path=rows.jsonl", "reward=my_rewards.py:length"], "pass reward=FOLDER"),
     ],

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_lightning.cli.application import run_verb
+from rlhf_lightning.cli.generate import shown
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,11 @@ def test_rows_of_a_file_keep_their_order_and_their_columns(tiny_model: Path) -> 
     assert rows("again.jsonl") == rows("sampled.jsonl")
     assert run_verb("generate", [*arguments, "out=other.jsonl", "seed=2"]) == 0
     assert rows("other.jsonl") != rows("sampled.jsonl")
+
+
+def test_a_response_that_cannot_be_seen_is_printed_as_empty() -> None:
+    assert shown("") == shown(" \n") == "(empty)"
+    assert shown(" a\n") == " a\n"
 
 
 def test_both_samplers_find_the_same_likeliest_responses(tiny_model: Path) -> None:

@@ -3,7 +3,7 @@ import sys
 import pytest
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from rlhf_lightning.cli.interrupts import NOTHING_KEPT, Stopped, resumable, this_command
+from rlhf_lightning.cli.interrupts import NOTHING_KEPT, NotResumable, Stopped, resumable, this_command
 
 
 def test_error_that_is_not_the_users_carries_the_hint_below_its_traceback() -> None:
@@ -36,6 +36,12 @@ def test_where_nothing_was_kept_a_stop_says_so_and_an_error_is_left_as_it_is() -
         raise KeyboardInterrupt
     with pytest.raises(MemoryError) as error, resumable(lambda: None):
         raise MemoryError
+    assert not hasattr(error.value, "__notes__")
+
+
+def test_no_way_to_go_on_is_named_where_the_same_command_would_be_refused() -> None:
+    with pytest.raises(NotResumable) as error, resumable(lambda: "kept"):
+        raise NotResumable("other settings")
     assert not hasattr(error.value, "__notes__")
 
 

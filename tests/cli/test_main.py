@@ -55,6 +55,13 @@ def test_settings_of_a_verb_are_shown_without_torch(verb: str, flags: list[str],
     assert list(tmp_path.iterdir()) == []
 
 
+def test_help_says_where_the_settings_of_other_modules_and_the_meanings_are(tmp_path: Path) -> None:
+    said = " ".join(rlhf("train", "--help", cwd=tmp_path).stdout.split())
+    assert "PPO's are shown by rlhf train module=ppo --help" in said
+    assert "meaning and unit stand in that file, below conf/" in said
+    assert "beta: 0.05" in rlhf("train", "module=ppo", "--help", cwd=tmp_path).stdout
+
+
 def test_help_answers_within_half_a_second(tmp_path: Path) -> None:
     assert seconds("--help", cwd=tmp_path) < 0.5
 

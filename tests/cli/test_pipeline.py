@@ -108,7 +108,9 @@ def test_a_second_run_skips_every_stage_and_reports_the_same(
 def test_a_finished_stage_is_not_mixed_with_other_settings(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*TINY, f"output_dir={finished}", "module.sft.learning_rate=0.5"]
     assert run_verb("pipeline", arguments) == 2
-    assert "module.learning_rate: was 0.003, is now 0.5" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "module.learning_rate: was 0.003, is now 0.5" in said
+    assert "go on" not in said  # with the same command, which would be refused again
 
 
 def test_a_stage_whose_folder_is_gone_runs_again_with_all_that_follows(
@@ -287,7 +289,11 @@ def test_the_pipeline_runs_on_files_and_a_network_whose_tokenizer_has_no_padding
         (["data.reward.val_path=typo.jsonl"], "data.reward.val_path=typo.jsonl: there is no such file"),
         (["data.reward.path={sft}"], "sft.jsonl:1: a row needs"),
         (["data.ppo.path={broken}"], "broken.jsonl:2: malformed JSON"),
-        (["data.ppo.batch_size=4", "module.ppo.minibatch_size=3"], "minibatch_size=3 must divide the rollout of 4"),
+        (["module.ppo.minibatch_size=3"], "minibatch_size=3 must divide the rollout of 4"),
+        (
+            ["data.ppo.batch_size=32"],
+            "data.ppo.batch_size=32 needs at least 32 training rows for each process; there are",
+        ),
         (["trainer.ppo.gradient_clip_val=1.0"], "Trainer(gradient_clip_val=1.0) cannot clip"),
         (["trainer.reward.max_epochs=-7"], "trainer.reward: "),
         (["module.ppo.temperature=0"], "module.ppo: temperature=0 must be above 0"),
@@ -308,7 +314,8 @@ def test_what_is_wrong_with_a_later_stage_is_said_before_the_first_one_runs(
     broken.write_text('{"prompt": "a"}\n{"prompt": \n')
     filled = [override.format(sft=files["sft"], broken=broken, sft_model=tiny_model) for override in overrides]
     named = [f"data.{stage}.path={path}" for stage, path in files.items()]
-    arguments = [f"network.pretrained={tiny_model}", *named, *filled, f"output_dir={tmp_path / 'out'}"]
+    fitting = ["data.ppo.batch_size=4", "module.ppo.minibatch_size=4"]
+    arguments = [f"network.pretrained={tiny_model}", *named, *fitting, *filled, f"output_dir={tmp_path / 'out'}"]
     assert run_verb("pipeline", arguments) == 2
     printed = capsys.readouterr()
     assert message in printed.err

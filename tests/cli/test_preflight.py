@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,52 @@ def test_every_fault_is_shown_at_once_and_exits_with_2(tiny_model: Path, capsys:
 def test_prompts_that_are_all_too_long_are_an_error(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ppo = ["module=ppo", "module.reward=rewards.py:letters", *SMALL, "module.max_new_tokens=254"]
     code, statuses, _ = look(*ppo, model=tiny_model, capsys=capsys)
-    assert code == 2
-    assert statuses["length"] == "error"
+    assert (code, statuses) == (2, {"length": "error"})
+
+
+def changed(model: Path, tmp_path: Path, **settings: Any) -> Path:
+    """Return a copy of the model with other settings of its tokenizer."""
+    folder = shutil.copytree(model, tmp_path / "changed")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | settings), "utf-8")
+    return folder
+
+
+def test_a_missing_pad_token_is_one_line_with_its_remedy(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = changed(tiny_model, tmp_path, pad_token=None)
+    code, statuses, printed = look("module=sft", model=model, capsys=capsys)
+    assert (code, statuses) == (2, {"pad token": "error"})
+    assert "network.pad_token=" in printed
+
+
+@pytest.mark.parametrize(
+    ("template", "remedy"),
+    [
+        (None, "use text prompts, or a model whose tokenizer has one"),
+        (
+            "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}",
+            "change tokenizer.chat_template so that add_generation_prompt=True",
+        ),
+        ("{{ raise_exception('only one turn') }}", "change the rows, or the template"),
+    ],
+)
+def test_a_chat_template_that_fine_tuning_cannot_use_is_one_line_with_its_remedy(
+    template: str | None, remedy: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"role": "user", "content": "Say 1."}, {"role": "assistant", "content": "1"}]
+    write("rows.jsonl", [{"messages": turns}] * 20)
+    model = changed(tiny_model, tmp_path, chat_template=template)
+    code, statuses, printed = look("module=sft", "data.val_fraction=0", model=model, capsys=capsys)
+    assert (code, statuses) == (2, {"chat template": "error"})
+    assert remedy in printed
+
+
+def test_rows_of_another_format_are_one_line(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write("rows.jsonl", [{"prompt": f"Say {i}."} for i in range(20)])
+    code, statuses, _ = look("module=sft", model=tiny_model, capsys=capsys)
+    assert (code, statuses) == (2, {"rows": "error"})
 
 
 def test_a_reward_function_that_fails_is_an_error_beside_the_other_checks(
@@ -116,8 +161,6 @@ def test_a_reward_function_that_fails_is_an_error_beside_the_other_checks(
 def test_a_chat_template_that_does_not_fit_the_rows_is_an_error(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     model = shutil.copytree(tiny_model, tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = (

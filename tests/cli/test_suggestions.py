@@ -11,6 +11,11 @@ from rlhf_lightning.cli.suggestions import did_you_mean, explain, flat_keys
             ["module=ppo", "module.betta=0.1"],
             "module.betta is not a setting of `rlhf train`; did you mean module.beta?",
         ),
+        (["module.beta=0.1"], "module.beta is a setting of module=ppo; this run has module=sft"),
+        (["module.packing=true", "module=ppo"], "module.packing is a setting of module=reward or module=sft; this"),
+        # Data and callbacks follow the module.
+        (["data.opening_tokens=4"], "data.opening_tokens is a setting of module=ppo; this run has module=sft"),
+        (["network.lora.r=4"], "network.lora.r is a setting of network=lora; this run has network=default"),
         (["module=pppo"], "module=pppo is not an option; did you mean module=ppo? (there are: "),
         (["qqq=1"], "qqq is not a setting of `rlhf train`"),
         # The choice of a group comes first, wherever it stands: only PPO has a beta.
@@ -22,6 +27,11 @@ from rlhf_lightning.cli.suggestions import did_you_mean, explain, flat_keys
 )
 def test_the_override_to_blame_is_named_with_the_nearest_real_one(overrides: list[str], expected: str) -> None:
     assert explain(ValueError("Hydra's own words"), "train", [], overrides).startswith(expected)
+
+
+def test_a_setting_of_no_stage_of_the_pipeline_is_answered_with_the_nearest() -> None:
+    said = explain(ValueError(""), "pipeline", [], ["module.sft.betta=1", "experiment=world"])
+    assert said.startswith("module.sft.betta is not a setting of `rlhf pipeline`")
 
 
 def test_where_nothing_is_found_hydra_speaks() -> None:

@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from rlhf_lightning.cli.application import run_verb
-from rlhf_lightning.cli.train import checkpoint
+from rlhf_lightning.cli.train import build_trainer, checkpoint
 from rlhf_lightning.errors import InputError
 
 REWARDS = """
@@ -58,6 +58,22 @@ def test_fine_tuning_writes_model_log_checkpoint_and_config(
     composed = OmegaConf.load("out/.hydra/config.yaml")
     assert composed.network.pretrained == str(tiny_model)  # type: ignore[union-attr]
     assert str(Path("out").absolute()) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "expected"),
+    [("SFTModule", None, 10), ("RewardModule", None, 10), ("PPOModule", None, 1), ("PPOModule", 7, 7)],
+)
+def test_rows_of_the_log_are_ten_steps_apart_or_a_rollout_unless_it_is_said(
+    module: str, given: int | None, expected: int
+) -> None:
+    settings = {
+        "module": {"_target_": f"rlhf_lightning.modules.{module}"},
+        "trainer": {"_target_": "lightning.Trainer", "accelerator": "cpu", "log_every_n_steps": given},
+        "callbacks": {},
+        "logger": None,
+    }
+    assert build_trainer(settings).log_every_n_steps == expected  # type: ignore[attr-defined]
 
 
 def test_resumed_run_goes_on_from_the_last_checkpoint_and_keeps_the_first_log(tiny_model: Path) -> None:

@@ -871,7 +871,9 @@ def test_minibatches_must_divide_prompts_times_samples(
     make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
 ) -> None:
     fit(make(samples_per_prompt=2, minibatch_size=4, ppo_epochs=1), [prompts], max_steps=1)
-    with pytest.raises(InputError, match=r"minibatch_size=5 must divide the rollout of 12 .*batch_size \* samples_per"):
+    with pytest.raises(
+        InputError, match=r"minibatch_size=5 must divide the rollout of 12 .*samples_per_prompt\): 4 or 6 would"
+    ):
         fit(make(samples_per_prompt=2, minibatch_size=5), [prompts], max_steps=1)
 
 

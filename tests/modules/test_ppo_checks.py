@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import pytest
+from lightning import LightningDataModule
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import PPOModule
@@ -14,12 +15,14 @@ from rlhf_lightning.modules.ppo_checks import (
     CHOICES,
     NOT_NEGATIVE,
     check_settings,
+    nearest_divisors,
     without_effect,
 )
 from rlhf_lightning.networks import LoRA, NetworkConfig
 
 DEFAULTS = {name: p.default for name, p in inspect.signature(PPOModule).parameters.items()}
 NAN = float("nan")
+TEXTS = LightningDataModule()
 Settings = dict[str, Any]
 
 OUT_OF_RANGE: list[tuple[Settings, str]] = [
@@ -71,7 +74,13 @@ CONTRADICTIONS: list[tuple[Settings, str]] = [
         "offload=True with network.roles=shared: reference and reward model are the policy's own weights",
     ),
     ({"ptx_coef": 0.5}, "ptx_coef=0.5 and ptx_data=None belong together"),
-    ({"ptx_data": "texts"}, "ptx_coef=0.0 and ptx_data=texts belong together"),
+    ({"ptx_data": TEXTS}, "ptx_coef=0.0 and ptx_data="),
+    (
+        {"ptx_coef": 0.5, "ptx_data": "text.jsonl"},
+        "ptx_data='text.jsonl' must be a DataModule that reads the texts: SFTDataModule('text.jsonl'), on the command "
+        "line\n  'module.ptx_data={_target_: rlhf_lightning.SFTDataModule, path: text.jsonl}'",
+    ),
+    ({"ptx_coef": 0.5, "ptx_data": [{"text": "a"}]}, "ptx_data=[{'text': 'a'}] must be a DataModule"),
 ]
 
 AT_THE_EDGE: list[Settings] = [
@@ -85,7 +94,7 @@ AT_THE_EDGE: list[Settings] = [
     *({name: 1e-9} for name in (*ABOVE_0, *ABOVE_0_OR_OFF)),
     {"max_grad_norm": float("inf")},
     {"ema_decay": 0.992},
-    {"ptx_coef": 27.8, "ptx_data": "texts"},
+    {"ptx_coef": 27.8, "ptx_data": TEXTS},
     {"advantage": "rloo", "samples_per_prompt": 2},
     {"advantage": "grpo", "samples_per_prompt": 2},
     {"advantage": "reinforce", "ppo_epochs": 1},
@@ -141,6 +150,7 @@ def test_every_number_of_the_constructor_is_looked_at() -> None:
         "rescore",
         "offload",
         "preflight",
+        "rescore",
     }
     assert set(DEFAULTS) - others == looked_at
 
@@ -183,3 +193,11 @@ def test_a_setting_that_another_turns_off_is_named(turned_off_by: Settings, idle
     assert without_effect(DEFAULTS | turned_off_by, PPOModule) == []
     active = {"baseline": {"advantage": "reinforce"}, "adaptive_kl_horizon": {"adaptive_kl_target": 6.0}}
     assert without_effect(DEFAULTS | idle | active.get(next(iter(idle)), {}), PPOModule) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "wanted", "expected"),
+    [(12, 5, [4, 6]), (60, 32, [30, 60]), (13, 2, [1, 13]), (6, 7, [6]), (4, 3, [2, 4])],
+)
+def test_the_divisors_on_both_sides_of_a_number_are_named(number: int, wanted: int, expected: list[int]) -> None:
+    assert nearest_divisors(number, wanted) == expected
