@@ -150,7 +150,6 @@ def test_every_number_of_the_constructor_is_looked_at() -> None:
         "rescore",
         "offload",
         "preflight",
-        "rescore",
     }
     assert set(DEFAULTS) - others == looked_at
 
