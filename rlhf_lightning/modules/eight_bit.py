@@ -17,11 +17,12 @@ class AdamW8bit(Optimizer2State):
         *,
         is_paged: bool = False,
         lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
         """Take parameter groups; the weights ``in_32_bits`` that are not among them do not matter."""
-        super().__init__("adam", groups, lr, (0.9, 0.999), eps, weight_decay, optim_bits=8, is_paged=is_paged)
+        super().__init__("adam", groups, lr, betas, eps, weight_decay, optim_bits=8, is_paged=is_paged)
         self._in_32_bits = {id(weight) for weight in in_32_bits}
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:

@@ -162,9 +162,9 @@ def test_it_looks_in_the_precision_of_the_run(make: Make, prompts: PromptBatch, 
     seen = []
 
     class Watching(PPOModule):
-        def score(self, rollout: Any) -> Any:
+        def score(self, rollout: Any, **known: Any) -> Any:
             seen.append(torch.is_autocast_enabled("cpu"))
-            return super().score(rollout)
+            return super().score(rollout, **known)
 
     fit(make(None, Watching), prompts, tmp_path, precision="bf16-mixed", max_epochs=1)
     assert seen == [True, True]
