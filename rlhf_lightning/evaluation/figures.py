@@ -108,13 +108,12 @@ def distance_figure(curves: Mapping[str, Curve]) -> "Figure":
     for axes, name in zip(all_axes, ("ppo/score", "ppo/judge_score"), strict=True):
         title, subtitle, hue = PPO_PANELS[name]
         curve = curves[name]
-        points = [(kl.get(x), y) for x, y in zip(curve["step"], curve["value"], strict=True)]
-        both = [(d, y) for d, y in points if d is not None and y is not None and math.isfinite(d) and math.isfinite(y)]
+        both = _points([kl.get(step) for step in curve["step"]], curve["value"])
+        width = len(both) // 12
         # The KL of a rollout's samples may lie a little below 0.
-        distances = [math.sqrt(max(0.0, d)) for d in moving_mean([d for d, _ in both], width=len(both) // 12)]
+        distances = [math.sqrt(max(0.0, distance)) for distance in moving_mean([x for x, _ in both], width=width)]
         axes.scatter(distances, [y for _, y in both], s=12, color=hue, alpha=0.35, linewidth=0)
-        smooth = moving_mean([y for _, y in both], width=len(both) // 12)
-        axes.plot(distances, smooth, color=hue, linewidth=2)
+        axes.plot(distances, moving_mean([y for _, y in both], width=width), color=hue, linewidth=2)
         _title(axes, title, subtitle)
         axes.set_xlabel("root of the KL to the reference, nats", color=QUIET, fontsize=9)
     return figure
@@ -253,7 +252,7 @@ def _interval(axes: "Axes", x: float, rate: Interval) -> None:
 
 def _curve(axes: "Axes", curve: Curve, hue: str, *, text: str = "", lift: float = 0) -> None:
     """Draw the values faintly, their moving mean clearly, and the last mean as a number, ``lift`` points higher."""
-    points = [(x, y) for x, y in zip(curve["step"], curve["value"], strict=True) if x is not None and _finite(y)]
+    points = _points(curve["step"], curve["value"])
     if not points:
         axes.text(0.5, 0.5, "nothing was logged", ha="center", color=QUIET, fontsize=9, transform=axes.transAxes)
         return
@@ -268,8 +267,10 @@ def _curve(axes: "Axes", curve: Curve, hue: str, *, text: str = "", lift: float 
     axes.margins(x=0.02, y=0.12)
 
 
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _points(xs: Sequence[float | None], ys: Sequence[float | None]) -> list[tuple[float, float]]:
+    """Return the pairs of which both are finite numbers."""
+    pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
+    return [pair for pair in pairs if all(map(math.isfinite, pair))]
 
 
 def moving_mean(values: Sequence[float], *, width: int) -> list[float]:
