@@ -65,8 +65,7 @@ class RewardDataModule(TextDataModule[RankedSequences]):
         found = comparison(row)
         if found.all_tie:
             return []
-        sequences = [encoder.exchange(exchange) for exchange in found.exchanges]
-        return [RankedSequences(sequences, found.ranks, found.ratings)]
+        return [RankedSequences(encoder.exchanges(found.exchanges), found.ranks, found.ratings)]
 
     def rule(self, limit: Limit | None) -> str:
         """Return in words what a row must fulfil not to be dropped."""

@@ -1,5 +1,6 @@
 """From text to token ids: the template, the special tokens, and the border between prompt and response."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -62,13 +63,22 @@ class Encoder:
 
     def exchange(self, example: Exchange) -> TokenSequence:
         """Return prompt and response, of which the response with its end token is learnt."""
-        prompt = self.prompt_text(example.prompt, example.origin)
-        prompt_ids = self._prompt_ids(example.prompt, prompt, example.origin)
-        response = example.response
-        if not isinstance(example.prompt, str):
-            response = self._rendered_response(example, prompt)
-        ids = [*prompt_ids, *self._ended(self._tokenized(response, add_special_tokens=False))]
-        return TokenSequence(torch.tensor(ids), len(prompt_ids))
+        return self.exchanges([example])[0]
+
+    def exchanges(self, examples: Sequence[Exchange]) -> list[TokenSequence]:
+        """Return `exchange` of each, tokenised in one call."""
+        prompts: list[list[int]] = []
+        responses: list[str] = []
+        for example in examples:
+            prompt = self.prompt_text(example.prompt, example.origin)
+            prompts.append(self._prompt_ids(example.prompt, prompt, example.origin))
+            plain = isinstance(example.prompt, str)
+            responses.append(example.response if plain else self._rendered_response(example, prompt))
+        tokenized = self.tokenizer(responses, add_special_tokens=False, verbose=False)["input_ids"]
+        return [
+            TokenSequence(torch.tensor([*prompt, *self._ended(list(ids))]), len(prompt))
+            for prompt, ids in zip(prompts, tokenized, strict=True)
+        ]
 
     def text(self, example: RawText) -> TokenSequence:
         """Return the text with its end token; its first token has nothing to be predicted from."""

@@ -35,7 +35,7 @@ from rlhf_lightning.networks import (
     save_pretrained,
 )
 from rlhf_lightning.networks.embeddings import embeddings_and_heads
-from rlhf_lightning.networks.packing import Packed, lengths_for
+from rlhf_lightning.networks.packing import Packed, reading
 from rlhf_lightning.networks.predictions import Predictions, predictions
 from rlhf_lightning.networks.sharding import shard
 from rlhf_lightning.preflight import check_rounding
@@ -344,14 +344,8 @@ def sft_predictions(network: nn.Module, batch: SFTBatch, packed: Packed | None =
     """Return what predicts the tokens that count, read in the rows of ``packed`` where they are given."""
     if packed is None:
         return predictions(network, batch.tokens, batch.attention_mask, batch.loss_mask)
-    return predictions(
-        network,
-        packed.tokens,
-        None,
-        packed.arranged(batch.loss_mask),
-        position_ids=packed.position_ids,
-        **lengths_for(network, packed),
-    )
+    with reading(network, packed) as told:
+        return predictions(network, packed.tokens, counted=packed.arranged(batch.loss_mask), **told)
 
 
 def adamw_with_schedule(

@@ -27,6 +27,7 @@ from rlhf_lightning.modules.language import (
 )
 from rlhf_lightning.modules.sharding import callable_outside_of_steps, shards_weights, writable
 from rlhf_lightning.networks import Model, load_reward_model
+from rlhf_lightning.networks.by_sequence import attends_by_sequence
 from rlhf_lightning.networks.flops import Flops, Reading, flops_of
 from rlhf_lightning.networks.packing import (
     Packed,
@@ -225,7 +226,8 @@ class RewardModule(LanguageModule):
     def _packed(self, batch: ComparisonBatch) -> Packed | None:
         """Return the rows that a batch is read in, None where they are its own."""
         if self.share_prompts:
-            return share_prompts(batch.tokens, batch.attention_mask, batch.prompt_index, packing=self.packing)
+            rows = (batch.tokens, batch.attention_mask, batch.prompt_index)
+            return share_prompts(*rows, packing=self.packing, in_one_row=attends_by_sequence(self.reward_model))
         return pack_for(self.reward_model, batch.tokens, batch.attention_mask) if self.packing else None
 
     def _read(self, batch: ComparisonBatch, packed: Packed | None) -> tuple[Float[Tensor, " B"], Float[Tensor, " N"]]:

@@ -3,13 +3,15 @@
     first first first second second | third third third third fill
     0     1     2     0      1      | 0     1     2     3     0
 
-Positions begin anew with every sequence, and by them `transformers` finds where one ends: attention that takes masks
-gets one in blocks, within which a sliding window stays what it is, and FlashAttention is told the lengths. It reads
-all sequences in one row, which costs it nothing.
+Attention reads each sequence by itself (`by_sequence`) or, of FlashAttention, is told the lengths, and then all of
+them stand in one row. Other ways to attend get a mask in blocks. `transformers` makes it of the positions, which begin
+anew with every sequence, and within it a sliding window stays what it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.networks.attending import attending
+from rlhf_lightning.networks.by_sequence import BY_SEQUENCE, Beginnings, Sequences, attends_by_sequence
 
 LARGEST_MOVE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.02}
 """What reading several sequences in one row may move scores and log-probabilities by, by the precision."""
@@ -30,14 +34,52 @@ class Packed:
     """(N, S) token ids; what fills up a row is 0 and read by nothing."""
     position_ids: Tensor
     """(N, S) the position that a token had in its sequence."""
-    attention_mask: Tensor | None
-    """(N, 1, S, S) bool, true where the token of the third axis reads that of the last; None where positions say it."""
     kept: Tensor
     """(B, T) bool, true for the tokens that are in a row: all real ones, but of what sequences share one of them."""
     rows: Tensor
     """(B, 1) the row that a sequence is in."""
     columns: Tensor
     """(B, T) where in its row a token of a sequence is; anywhere for padding."""
+    shared: Tensor | None = None
+    """(B, 1) how many tokens at its beginning a sequence shares with the others of its prompt."""
+    leader: Tensor | None = None
+    """(B,) the first sequence of the prompt, whose tokens these are."""
+
+    @cached_property
+    def attention_mask(self) -> Tensor | None:
+        """(N, 1, S, S) bool, where the token of the third axis reads that of the last; None if positions say it."""
+        if self.shared is None or self.leader is None:
+            return None
+        batch, length = self.kept.shape
+        sequence = torch.arange(1, batch + 1, device=self.kept.device).unsqueeze(1).expand(batch, length)
+        time = torch.arange(length, device=self.kept.device)
+        segments = self.arranged(torch.where(time < self.shared, 0, sequence), fill=-1)
+        prompts = self.arranged(self.leader.unsqueeze(1).expand(batch, length), fill=-1)
+        reads = (segments.unsqueeze(1) == segments.unsqueeze(2)) | (segments == 0).unsqueeze(1)
+        reads &= prompts.unsqueeze(1) == prompts.unsqueeze(2)
+        return reads.tril().unsqueeze(1)
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """Where the tokens of the sequences stand."""
+        batch, length = self.kept.shape
+        token = torch.arange(batch * length, device=self.kept.device).view(batch, length)
+        tokens = self.arranged(token, fill=-1).view(-1)
+        places = self.rows * self.tokens.shape[1] + self.columns
+        beginnings = None
+        if self.shared is not None and self.leader is not None:
+            longest = int(self.shared.max())
+            is_shared = self.kept & (torch.arange(length, device=self.kept.device) < self.shared)
+            sequence, time = is_shared.nonzero(as_tuple=True)
+            beginnings = Beginnings(longest, self.leader, places[is_shared], sequence * longest + time)
+        return Sequences(
+            shape=(batch, length),
+            places=places.view(-1),
+            tokens=tokens.clamp(min=0),
+            fill=(tokens < 0).nonzero().squeeze(1),
+            not_kept=(~self.kept).view(-1).nonzero().squeeze(1),
+            beginnings=beginnings,
+        )
 
     def arranged(self, values: Tensor, fill: int = 0) -> Tensor:
         """Return what belongs to the tokens (B, T) in the rows (N, S)."""
@@ -84,7 +126,6 @@ def pack(tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], *, in_
     return Packed(
         tokens=arranged(tokens, *place),
         position_ids=arranged(time, *place),
-        attention_mask=None,
         kept=attention_mask,
         rows=of_row,
         columns=columns.clamp(max=size - 1),
@@ -92,8 +133,8 @@ def pack(tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], *, in_
 
 
 def pack_for(network: nn.Module, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Packed:
-    """Return `pack` as the network's attention reads it fastest: in one row where it takes lengths."""
-    return pack(tokens, attention_mask, in_one_row=takes_lengths(network))
+    """Return `pack` as the network's attention reads it fastest: in one row where that costs attention nothing."""
+    return pack(tokens, attention_mask, in_one_row=takes_lengths(network) or attends_by_sequence(network))
 
 
 def takes_lengths(network: nn.Module) -> bool:
@@ -102,31 +143,32 @@ def takes_lengths(network: nn.Module) -> bool:
     return "flash" in (config.get_text_config()._attn_implementation or "")
 
 
-def lengths_for(network: nn.Module, packed: Packed) -> dict[str, Any]:
-    """Return what attention that takes lengths is told of one row (`FlashAttentionKwargs` of `transformers`)."""
-    if not takes_lengths(network):
-        return {}
-    lengths = packed.kept.sum(dim=1)
-    ends = torch.nn.functional.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
-    longest = int(lengths.max())
-    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+@contextmanager
+def reading(network: nn.Module, packed: Packed) -> Iterator[dict[str, Any]]:
+    """Yield what the network is told besides the tokens of rows, in a block in which it is called with it."""
+    told: dict[str, Any] = {"attention_mask": None, "position_ids": packed.position_ids}
+    if attends_by_sequence(network):
+        with attending(network, BY_SEQUENCE):
+            yield {**told, "sequences": packed.sequences}
+        return
+    if packed.attention_mask is not None:
+        model: Any = network
+        # As a sum and not as a choice: every implementation of attention that takes masks adds them.
+        added = torch.zeros_like(packed.attention_mask, dtype=model.dtype)
+        told["attention_mask"] = added.masked_fill_(~packed.attention_mask, torch.finfo(model.dtype).min)
+    elif takes_lengths(network):
+        # `FlashAttentionKwargs` of `transformers`.
+        lengths = packed.kept.sum(dim=1)
+        ends = torch.nn.functional.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
+        longest = int(lengths.max())
+        told |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    yield told
 
 
 def last_hidden_state(body: nn.Module, packed: Packed) -> Float[Tensor, "N S H"]:
     """Return the last hidden states of a transformer's body."""
-    network: Any = body
-    added = None
-    if packed.attention_mask is not None:
-        # As a sum and not as a choice: every implementation of attention that takes masks adds them.
-        added = torch.zeros_like(packed.attention_mask, dtype=network.dtype)
-        added.masked_fill_(~packed.attention_mask, torch.finfo(network.dtype).min)
-    hidden: Tensor = network(
-        input_ids=packed.tokens,
-        attention_mask=added,
-        position_ids=packed.position_ids,
-        use_cache=False,
-        **lengths_for(network, packed),
-    ).last_hidden_state
+    with reading(body, packed) as told:
+        hidden: Tensor = body(input_ids=packed.tokens, use_cache=False, **told).last_hidden_state
     return hidden
 
 

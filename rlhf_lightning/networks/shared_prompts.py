@@ -21,11 +21,12 @@ def share_prompts(
     prompt_index: Int[Tensor, " B"],
     *,
     packing: bool = False,
+    in_one_row: bool = False,
 ) -> Packed:
     """Rearrange sequences padded on the right, those of one prompt next to each other, into a row for each prompt.
 
     What the sequences of a prompt have in common at their beginning is kept once, but no sequence's last token. With
-    ``packing`` a row has several prompts where they are no longer together than the longest.
+    ``packing`` a row has several prompts where they are no longer together than the longest, or it has all of them.
     """
     device = tokens.device
     lengths = attention_mask.sum(dim=1)
@@ -47,21 +48,18 @@ def share_prompts(
     sizes = ends.new_zeros(int(is_first.sum())).scatter_reduce(0, prompt_index, ends, reduce="amax").tolist()
     size, count = max(sizes), len(sizes)
     rows = prompt_index.unsqueeze(1)
-    if packing:
+    if packing or in_one_row:
+        size = sum(sizes) if in_one_row else size
         of_prompt, starts = (torch.tensor(x, device=device) for x in first_fit(sizes, size))
         count = int(of_prompt.max()) + 1
         rows, columns = of_prompt[rows], columns + starts[rows]
     place = (kept, rows, columns, (count, size))
-    sequence = torch.arange(1, len(tokens) + 1, device=device).unsqueeze(1)
-    segments = arranged(torch.where(time < shared, 0, sequence), *place, fill=-1)
-    prompts = arranged(prompt_index.unsqueeze(1).expand_as(tokens), *place, fill=-1)
-    reads = (segments.unsqueeze(1) == segments.unsqueeze(2)) | (segments == 0).unsqueeze(1)
-    reads &= prompts.unsqueeze(1) == prompts.unsqueeze(2)
     return Packed(
         tokens=arranged(tokens, *place),
         position_ids=arranged(time, *place),
-        attention_mask=reads.tril().unsqueeze(1),
         kept=kept,
         rows=rows,
         columns=columns.clamp(max=size - 1),
+        shared=shared,
+        leader=first,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.functional.masking import position_ids
+from rlhf_lightning.networks.attending import sees_all
 from rlhf_lightning.networks.embeddings import embeddings_and_heads
 from rlhf_lightning.networks.predictions import plain_head
 from rlhf_lightning.networks.sharding import is_sharded
@@ -21,7 +22,7 @@ from rlhf_lightning.rollout.generate import Sampler
 from rlhf_lightning.rollout.in_slots import MOST_SLOTS, READ_AT_ONCE
 from rlhf_lightning.rollout.reward import ModelReward, Reward
 from rlhf_lightning.rollout.score import score_rows
-from rlhf_lightning.rollout.slots import Slots, has_plain_cache
+from rlhf_lightning.rollout.slots import Slots
 from rlhf_lightning.rollout.stand_ins import stand_ins
 from rlhf_lightning.types import ComparisonBatch, Experience, SFTBatch
 
@@ -217,7 +218,7 @@ def sampling_memory(
     Where the network makes the cache itself, which grows with each token, it is the first two tokens' work alone.
     """
     network: Any = policy
-    in_slots = sampler == "builtin" and has_plain_cache(policy)
+    in_slots = sampler == "builtin" and sees_all(policy)
     count = min(sequences, MOST_SLOTS)
     at_once = min(count, max(1, READ_AT_ONCE // prompt)) if in_slots else sequences
     rows = torch.arange(at_once, device=device)

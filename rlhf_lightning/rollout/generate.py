@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rlhf_lightning.functional.masking import through_first
+from rlhf_lightning.networks.attending import sees_all
 from rlhf_lightning.networks.sharding import is_sharded, waits_for_others
 from rlhf_lightning.rollout.by_transformers import sample_by_transformers
 from rlhf_lightning.rollout.draw import noise
 from rlhf_lightning.rollout.in_slots import sample_in_slots
-from rlhf_lightning.rollout.slots import has_plain_cache
 from rlhf_lightning.rollout.stand_ins import stand_ins
 from rlhf_lightning.rollout.stepwise import sample_stepwise
 from rlhf_lightning.types import PromptBatch, SampledRollout
@@ -105,7 +105,7 @@ def sample_tokens(
             tokens, logprobs = sample_by_transformers(policy, prompt_tokens, prompt_mask, **settings)
         else:
             uniform = noise(len(prompt_tokens), max_new_tokens, generator)
-            plain = has_plain_cache(policy) and not waits_for_others(policy)
+            plain = sees_all(policy) and not waits_for_others(policy)
             sample = sample_in_slots if plain else sample_stepwise
             tokens, logprobs = sample(policy, prompt_tokens, prompt_mask, uniform, **settings)
     # Up to the end of the longest response, and each ended one filled up.

@@ -3,18 +3,17 @@
 `transformers` lets a cache and a way to attend be put in from outside; both are here, made for one new token a row.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.precision import at_least_float32
+from rlhf_lightning.networks.attending import attending
 from rlhf_lightning.rollout.draw import draw
 
 ONE_TOKEN = "one_token"
@@ -128,26 +127,6 @@ def attend_from_one_token(
 AttentionInterface.register(ONE_TOKEN, attend_from_one_token)
 
 
-def has_plain_cache(network: nn.Module) -> bool:
-    """Return whether the network keeps of each token keys and values in each layer, and sees all of them."""
-    if not isinstance(network, PreTrainedModel) or not network._supports_attention_backend:
-        return False
-    layers = DynamicCache(config=network.config).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-
-
-@contextmanager
-def one_token_attention(network: nn.Module) -> Iterator[None]:
-    """Let the network attend by `attend_from_one_token` in the block."""
-    config: Any = network.config
-    before = config._attn_implementation
-    config._attn_implementation = ONE_TOKEN
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
 class SlotCache(Cache):
     """All layers, and each of them as a cache of its own."""
 
@@ -236,7 +215,7 @@ class Slots:
         places = Places(self.positions, in_use, span)
         for layer in self.layers:
             layer.places = places
-        with one_token_attention(policy):
+        with attending(policy, ONE_TOKEN):
             output = network(
                 input_ids=self.tokens[:in_use].unsqueeze(1),
                 attention_mask=places.mask(self.layers[0].all_keys.dtype),

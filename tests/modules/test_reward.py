@@ -197,8 +197,12 @@ def test_ties_do_not_count_in_validation(
     assert found["reward/val_accuracy"] == pytest.approx(sum(right) / 5)
 
 
-def test_shared_prompts_have_the_same_loss_and_gradients_with_fewer_tokens(make: Callable[..., RewardModule]) -> None:
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_shared_prompts_have_the_same_loss_and_gradients_with_fewer_tokens(
+    attn_implementation: str, make: Callable[..., RewardModule]
+) -> None:
     alone, shared = make(), make(share_prompts=True)
+    shared.reward_model.config._attn_implementation = attn_implementation
     read: list[int] = []
     shared.reward_model.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -212,8 +216,9 @@ def test_shared_prompts_have_the_same_loss_and_gradients_with_fewer_tokens(make:
         gradients.append([parameter.grad for parameter in module.parameters()])
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(gradients[0], gradients[1])
-    longest = max(1 + sum(len(row) - 1 for row in ranking) for ranking in MIXED)
-    assert read == [len(MIXED) * longest]
+    together = [1 + sum(len(row) - 1 for row in ranking) for ranking in MIXED]
+    # Attention by mask would be of every token to all tokens of one row.
+    assert read == [sum(together) if attn_implementation == "sdpa" else len(together) * max(together)]
 
 
 UNEVEN: list[Ranking] = [*MIXED, [[90, *range(91, 99), 1], [90, 1]], [[100, 40, 1], [100, 1]]]
@@ -250,17 +255,24 @@ def body_reads(module: RewardModule) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "shapes"),
+    ("attn_implementation", "settings", "shapes"),
     [
-        ({}, [(13, 13)]),
-        ({"packing": True}, [(1, 4), (2, 13), (6, 10)]),
-        ({"packing": True, "share_prompts": True}, [(4, 12), (13, 13), (4, 12)]),
+        ("sdpa", {}, [(13, 13)]),
+        ("sdpa", {"packing": True}, [(1, 4), (2, 13), (1, 51)]),
+        ("sdpa", {"packing": True, "share_prompts": True}, [(1, 43), (13, 13), (1, 43)]),
+        ("eager", {"packing": True}, [(1, 4), (2, 13), (6, 10)]),
+        ("eager", {"packing": True, "share_prompts": True}, [(4, 12), (13, 13), (4, 12)]),
     ],
 )
 def test_packing_reads_fewer_rows_in_training_and_leaves_validation_as_it_is(
-    settings: dict[str, Any], shapes: list[tuple[int, ...]], make: Callable[..., RewardModule], fit: Callable[..., Any]
+    attn_implementation: str,
+    settings: dict[str, Any],
+    shapes: list[tuple[int, ...]],
+    make: Callable[..., RewardModule],
+    fit: Callable[..., Any],
 ) -> None:
     module = make(shift_scores=False, **settings)
+    module.reward_model.config._attn_implementation = attn_implementation
     read = body_reads(module)
     fit(module, [batch(UNEVEN, pads=3)], val=[batch(UNEVEN, pads=3)], max_steps=1)
     assert read == [*shapes, (13, 13)]
@@ -291,7 +303,7 @@ def test_shared_prompts_need_attention_that_takes_a_mask(
 def test_a_network_whose_scores_move_when_prompts_are_shared_is_refused_on_the_first_batch(
     classifier: Callable[..., Any], tokenizer: Any, fit: Callable[..., Any]
 ) -> None:
-    network = classifier()
+    network = classifier(attn_implementation="eager")
     # As one whose attention looks at everything before it whatever the mask says.
     body = network.model.forward
     network.model.forward = lambda input_ids, attention_mask, **inputs: body(
@@ -307,6 +319,7 @@ def test_a_network_that_finds_positions_from_its_mask_is_refused_when_sequences_
     torch.manual_seed(0)
     config = OPTConfig(vocab_size=258, hidden_size=16, ffn_dim=32, word_embed_proj_dim=16, num_hidden_layers=2)
     config.num_attention_heads, config.init_std, config.num_labels, config.pad_token_id = 2, 0.3, 1, 0
+    config._attn_implementation = "eager"
     module = RewardModule(OPTForSequenceClassification(config), tokenizer=tokenizer, packing=True)
     with pytest.raises(
         InputError, match=r"packing=True moves scores of OPTForSequenceClassification by .* set packing="

@@ -16,9 +16,9 @@ from rlhf_lightning.networks.packing import (
     first_fit,
     largest_move,
     last_hidden_state,
-    lengths_for,
     pack,
     pack_for,
+    reading,
     shortest_two,
     takes_lengths,
 )
@@ -128,7 +128,8 @@ def test_attention_that_takes_lengths_gets_one_row_and_where_each_sequence_ends(
     tokens, mask = sequences([4, 2, 5])
     packed = pack_for(network, tokens, mask)
     assert packed.tokens.shape == (1, 11)
-    told = lengths_for(network, packed)
+    with reading(network, packed) as told:
+        assert told["attention_mask"] is None
     assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 4, 6, 11]
     assert told["cu_seq_lens_q"].dtype == torch.int32
     assert told["max_length_q"] == told["max_length_k"] == 5
@@ -141,7 +142,10 @@ def test_attention_that_takes_lengths_gets_one_row_and_where_each_sequence_ends(
 def test_only_flash_attention_takes_lengths(flash_by_lengths: str) -> None:
     networks = {name: body("llama", name) for name in ("sdpa", "eager", flash_by_lengths)}
     assert [takes_lengths(network) for network in networks.values()] == [False, False, True]
-    assert lengths_for(networks["sdpa"], pack(*sequences([2, 3]), in_one_row=True)) == {}
+    packed = pack(*sequences([2, 3]), in_one_row=True)
+    for name, network in networks.items():
+        with reading(network, packed) as told:
+            assert ("cu_seq_lens_q" in told) == (name == flash_by_lengths)
 
 
 def test_the_two_shortest_come_the_shorter_one_first() -> None:

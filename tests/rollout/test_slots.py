@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
@@ -12,8 +11,6 @@ from rlhf_lightning.rollout.slots import (
     SlotLayer,
     Slots,
     attend_from_one_token,
-    has_plain_cache,
-    one_token_attention,
 )
 
 
@@ -68,23 +65,6 @@ def test_a_cap_on_attention_is_refused() -> None:
     states = torch.zeros(1, 1, 1, 2)
     with pytest.raises(InputError, match="softcap=30"):
         attend_from_one_token(torch.nn.Module(), states, states, states, None, softcap=30.0)
-
-
-def test_networks_that_forget_have_no_plain_cache(policy: Callable[..., Any]) -> None:
-    assert has_plain_cache(policy("llama"))
-    assert has_plain_cache(policy("gpt2"))
-    assert not has_plain_cache(policy("mistral"))
-    assert not has_plain_cache(torch.nn.Linear(2, 2))
-
-
-def test_the_way_to_attend_is_put_back_also_after_a_failure(policy: Callable[..., Any]) -> None:
-    network = policy()
-    before = network.config._attn_implementation
-    with one_token_attention(network):
-        assert network.config._attn_implementation != before
-    with pytest.raises(ZeroDivisionError), one_token_attention(network):
-        raise ZeroDivisionError
-    assert network.config._attn_implementation == before
 
 
 def test_slots_fit_a_rollout_of_their_own_kind() -> None:

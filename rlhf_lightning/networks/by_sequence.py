@@ -1,0 +1,138 @@
+"""Attention within each of the sequences that stand in rows without padding.
+
+    rows        a a a b b c c c c        every layer but attention: not a token too many
+    sequences   a a a . | b b . . | c c c c        attention: as if nothing had been packed
+
+A mask over rows would compute the attention of every token to all tokens of its row, and throw most of it away.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rlhf_lightning.networks.attending import sees_all
+from rlhf_lightning.networks.checkpointing import is_checkpointed
+from rlhf_lightning.networks.compiling import is_compiled
+
+BY_SEQUENCE = "by_sequence"
+"""The name of `attend_by_sequence` in `transformers`."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Where the tokens of B sequences of at most T stand among the N * S places of rows."""
+
+    shape: tuple[int, int]
+    """B and T."""
+    places: Tensor
+    """(B * T,) the place of a token; anywhere for padding."""
+    tokens: Tensor
+    """(N * S,) the token at a place, the first of those that share it; anywhere for what fills up a row."""
+    fill: Tensor
+    """(F,) the places of what fills up a row."""
+    not_kept: Tensor
+    """(K,) the tokens that are not in ``tokens``: padding, and all but the first of those that share a place."""
+    beginnings: "Beginnings | None" = None
+    """None where no sequences share anything."""
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """What sequences have in common at their beginning, and of which the places are those of the first sequence."""
+
+    longest: int
+    """Of how many tokens the longest is."""
+    leader: Tensor
+    """(B,) the first of the sequences that share their beginning."""
+    places: Tensor
+    """(P,) the places of all of them."""
+    tokens: Tensor
+    """(P,) the tokens at these places, as numbers in (B * longest)."""
+
+
+class _Spread(torch.autograd.Function):
+    """From places to sequences; the gradients of a place that several sequences read are added up."""
+
+    @staticmethod
+    def forward(ctx: Any, at_places: Tensor, sequences: Sequences) -> Tensor:
+        ctx.sequences = sequences
+        return at_places.index_select(0, sequences.places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        sequences: Sequences = ctx.sequences
+        at_places = gradient.index_select(0, sequences.tokens).index_fill_(0, sequences.fill, 0)
+        if (beginnings := sequences.beginnings) is not None:
+            # As slices of sequences: adding up token by token takes longer than the attention.
+            of_beginnings = gradient.view(*sequences.shape, -1)[:, : beginnings.longest]
+            added = torch.zeros_like(of_beginnings).index_add_(0, beginnings.leader, of_beginnings)
+            at_places.index_copy_(0, beginnings.places, added.flatten(0, 1).index_select(0, beginnings.tokens))
+        return at_places, None
+
+
+class _Collect(torch.autograd.Function):
+    """From sequences to places, of what several sequences have at one place that of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, by_token: Tensor, sequences: Sequences) -> Tensor:
+        ctx.sequences = sequences
+        return by_token.index_select(0, sequences.tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # That of what fills up a row is nothing, since nothing is made of it.
+        sequences: Sequences = ctx.sequences
+        return gradient.index_select(0, sequences.places).index_fill_(0, sequences.not_kept, 0), None
+
+
+def attend_by_sequence(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    sequences: Sequences | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend from each token of (N, heads, S, size) to its own sequence, as `transformers` does without packing.
+
+    Sequences are padded on the right, so that causal attention needs no mask. Without ``sequences`` rows are read as
+    they are.
+    """
+    if sequences is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    rows, _, size, _ = query.shape
+
+    def spread(states: Tensor) -> Tensor:
+        heads = states.shape[1]
+        at_places = states.transpose(1, 2).reshape(rows * size, -1)
+        spread_out: Tensor = _Spread.apply(at_places, sequences)
+        return spread_out.view(*sequences.shape, heads, -1).transpose(1, 2)
+
+    attended, _ = sdpa_attention_forward(module, spread(query), spread(key), spread(value), None, **kwargs)
+    collected: Tensor = _Collect.apply(attended.flatten(0, 1).flatten(1), sequences)
+    return collected.view(rows, size, *attended.shape[2:]), None
+
+
+AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)
+
+
+def attends_by_sequence(network: nn.Module) -> bool:
+    """Return whether `attend_by_sequence` may stand in for the network's own attention.
+
+    Not where blocks are run again in the backward, by then without it, or compiled, and not where tokens see less than
+    all before them.
+    """
+    model: Any = network
+    return (
+        sees_all(network)
+        and model.config.get_text_config()._attn_implementation == "sdpa"
+        and all(getattr(part, "is_causal", True) for part in network.modules())
+        and not is_checkpointed(network)
+        and not is_compiled(network)
+    )
