@@ -187,6 +187,7 @@ def _check_ptx_data(texts: object) -> None:
         raise InputError(
             f"ptx_data={texts!r} must be a DataModule that reads the texts: SFTDataModule({str(path)!r}), on the "
             f"command line\n  'module.ptx_data={{_target_: rlhf_lightning.SFTDataModule, path: {path}}}'"
+            "\n(of rlhf pipeline module.ppo.ptx_data)"
         )
 
 

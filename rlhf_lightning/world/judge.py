@@ -22,7 +22,7 @@ HALF_RIGHT = 0.5
 
 A sentence that is false, of another topic or told before costs 1, as a missing end does.
 """
-OFF_REGISTER: Mapping[Register, float] = MappingProxyType({"simple": 0.5, "technical": 0.25})
+OFF_REGISTER: Mapping[Register, float] = MappingProxyType({"simple": 0.5, "technical": 0.125})
 """What a fact costs that is told in the other register, by the one that is wanted: experts understand simple words."""
 
 

@@ -78,7 +78,8 @@ CONTRADICTIONS: list[tuple[Settings, str]] = [
     (
         {"ptx_coef": 0.5, "ptx_data": "text.jsonl"},
         "ptx_data='text.jsonl' must be a DataModule that reads the texts: SFTDataModule('text.jsonl'), on the command "
-        "line\n  'module.ptx_data={_target_: rlhf_lightning.SFTDataModule, path: text.jsonl}'",
+        "line\n  'module.ptx_data={_target_: rlhf_lightning.SFTDataModule, path: text.jsonl}'"
+        "\n(of rlhf pipeline module.ppo.ptx_data)",
     ),
     ({"ptx_coef": 0.5, "ptx_data": [{"text": "a"}]}, "ptx_data=[{'text': 'a'}] must be a DataModule"),
 ]
