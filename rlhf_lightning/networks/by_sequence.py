@@ -8,6 +8,7 @@ A mask over rows would compute the attention of every token to all tokens of its
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from rlhf_lightning.networks.compiling import is_compiled
 
 BY_SEQUENCE = "by_sequence"
 """The name of `attend_by_sequence` in `transformers`."""
+
+_see_all_before: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+"""Of each network, whether its tokens attend to all before them and to none behind."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Sequences:
     """(K,) the tokens that are not in ``tokens``: padding, and all but the first of those that share a place."""
     beginnings: "Beginnings | None" = None
     """None where no sequences share anything."""
+    padded: "Padded | None" = None
+    """What was given to be read, where that are sequences with padding."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,23 @@ class Beginnings:
     """(P,) the places of all of them."""
     tokens: Tensor
     """(P,) the tokens at these places, as numbers in (B * longest)."""
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Sequences (B, T) with padding on either side, of which the real tokens are read one after the other."""
+
+    tokens: Tensor
+    """(B, T) token ids."""
+    attention_mask: Tensor
+    """(B, T) bool, true for real tokens."""
+    real: Tensor
+    """(N,) the numbers of the real tokens in (B * T)."""
+
+    def spread(self, states: Tensor) -> Tensor:
+        """Return what belongs to the real tokens (1, N, H) at their places (B, T, H), and 0 at padding."""
+        places = states.new_zeros(self.tokens.numel(), states.shape[-1])
+        return places.index_copy(0, self.real, states[0]).view(*self.tokens.shape, -1)
 
 
 class _Spread(torch.autograd.Function):
@@ -126,13 +149,14 @@ def attends_by_sequence(network: nn.Module) -> bool:
     """Return whether `attend_by_sequence` may stand in for the network's own attention.
 
     Not where blocks are run again in the backward, by then without it, or compiled, and not where tokens see less than
-    all before them.
+    all before them, or more.
     """
     model: Any = network
+    if network not in _see_all_before:
+        _see_all_before[network] = sees_all(network) and all(getattr(x, "is_causal", True) for x in network.modules())
     return (
-        sees_all(network)
+        _see_all_before[network]
         and model.config.get_text_config()._attn_implementation == "sdpa"
-        and all(getattr(part, "is_causal", True) for part in network.modules())
         and not is_checkpointed(network)
         and not is_compiled(network)
     )

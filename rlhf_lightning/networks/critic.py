@@ -13,6 +13,7 @@ from rlhf_lightning.functional.masking import position_ids
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.networks.lora import LoRA, add_adapter, has_adapter, train_adapter
 from rlhf_lightning.networks.scalar_head import init_scalar_head, keep_fine, scalar_head
+from rlhf_lightning.networks.unpadded import last_states
 
 Copy = Callable[[nn.Module], nn.Module]
 """How a body is copied: `deepcopy`, or onto the same backbone."""
@@ -55,12 +56,7 @@ class Critic(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Return the value of the state after each token, in at least float32."""
-        hidden = self.backbone(
-            input_ids=tokens,
-            attention_mask=attention_mask.long(),
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-        ).last_hidden_state
+        hidden = last_states(self.backbone, tokens, attention_mask, position_ids=position_ids(attention_mask))
         # A copy: FSDP2 hangs its hooks on the output, which a view could lose.
         return at_least_float32(self.head(hidden).squeeze(-1).clone())
 
@@ -86,20 +82,24 @@ class TrunkCritic(nn.Module):
         """Return the value of the state after each token, in at least float32."""
         read, self._read = self._read, None
         if read is None or not read.is_of(tokens, attention_mask):
-            output = self._body[0](
-                input_ids=tokens,
-                attention_mask=attention_mask.long(),
-                position_ids=position_ids(attention_mask),
-                use_cache=False,
-            )
-            read, self._read = _Read(tokens, attention_mask, output.last_hidden_state, torch.is_grad_enabled()), None
-        return at_least_float32(self.head(read.hidden).squeeze(-1))
+            hidden = last_states(self._body[0], tokens, attention_mask, position_ids=position_ids(attention_mask))
+            self._read = None
+        else:
+            hidden = read.hidden
+        return at_least_float32(self.head(hidden).squeeze(-1))
 
     def _keep(self, body: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         # Not while sampling, where each step reads one token.
-        if kwargs["use_cache"] is False:
+        if kwargs["use_cache"] is not False:
+            return
+        hidden = output.last_hidden_state
+        sequences = kwargs.get("sequences")
+        if sequences is not None and sequences.padded is not None:
+            tokens, mask = sequences.padded.tokens, sequences.padded.attention_mask
+            hidden = sequences.padded.spread(hidden)
+        else:
             tokens, mask = args[0] if args else kwargs["input_ids"], kwargs["attention_mask"]
-            self._read = _Read(tokens, mask, output.last_hidden_state, torch.is_grad_enabled())
+        self._read = _Read(tokens, mask, hidden, torch.is_grad_enabled())
 
 
 @dataclass(frozen=True)

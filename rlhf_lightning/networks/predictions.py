@@ -14,6 +14,7 @@ from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.networks.compiling import uncompiled
 from rlhf_lightning.networks.sharding import is_sharded
+from rlhf_lightning.networks.unpadded import last_states
 
 _found_plain: "WeakKeyDictionary[nn.Module, dict[bool, bool]]" = WeakKeyDictionary()
 """Of each network, whether its output layer is all that follows its body: called without positions, and with them."""
@@ -94,7 +95,10 @@ def predictions(
         logits: Tensor = model(**inputs).logits
         left_out = tokens.shape[1] - logits.shape[1]
         return Predictions(chosen, None, None, at_least_float32(logits[row, column - left_out]))
-    hidden: Tensor = model.base_model(**inputs).last_hidden_state
+    if attention_mask is None or more:
+        hidden: Tensor = model.base_model(**inputs).last_hidden_state
+    else:
+        hidden = last_states(model.base_model, tokens, attention_mask, position_ids=position_ids)
     # By numbers of rows: the backward of a choice by mask adds up number by number.
     states = hidden.flatten(0, 1).index_select(0, row * tokens.shape[1] + column)
     return Predictions(chosen, states, head, None)

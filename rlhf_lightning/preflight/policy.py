@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.functional.masking import masked_sum
 from rlhf_lightning.functional.rewards import value_mask
+from rlhf_lightning.networks.unpadded import reading_padding
 from rlhf_lightning.preflight.findings import Finding, Status
 from rlhf_lightning.preflight.probe import Probe
 from rlhf_lightning.rollout.experience import micro_batches, trimmed_micro_batches
@@ -151,11 +152,12 @@ def check_left_padding(
             policy, rollout, temperature=temperature, micro_batch_size=micro_batch_size, pad_columns=pad_columns
         )
 
-    moved = {"log-probabilities": (policy, largest(logprobs(columns) - logprobs(0)))}
-    if critic is not None:
-        values = read_values(critic, rollout, micro_batch_size=micro_batch_size)
-        padded = read_values(critic, rollout, micro_batch_size=micro_batch_size, pad_columns=columns)
-        moved["values"] = critic, largest(padded - values) / max(1.0, largest(values))
+    with reading_padding():
+        moved = {"log-probabilities": (policy, largest(logprobs(columns) - logprobs(0)))}
+        if critic is not None:
+            values = read_values(critic, rollout, micro_batch_size=micro_batch_size)
+            padded = read_values(critic, rollout, micro_batch_size=micro_batch_size, pad_columns=columns)
+            moved["values"] = critic, largest(padded - values) / max(1.0, largest(values))
     measured = f"{columns} pad columns move " + ", ".join(f"{what} by {by:.2g}" for what, (_, by) in moved.items())
     beyond = [beyond_rounding(network, by) for network, by in moved.values() if by > OTHER_CALL[precision(network)]]
     if not beyond:

@@ -231,8 +231,8 @@ def test_a_policy_that_pad_columns_move_is_named(
     assert "position_ids" in found["left padding"].remedy
 
 
-def without_mask(forward: Callable[..., Any], *, attention_mask: Tensor, **kwargs: Any) -> Any:
-    return forward(attention_mask=torch.ones_like(attention_mask), **kwargs)
+def without_mask(forward: Callable[..., Any], *, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    return forward(attention_mask=None if attention_mask is None else torch.ones_like(attention_mask), **kwargs)
 
 
 def test_a_critic_that_pad_columns_move_is_named(make: Make, prompts: PromptBatch, faults: Faults) -> None:
@@ -257,9 +257,11 @@ def test_values_of_a_coarse_critic_are_allowed_their_rounding(
     assert "left padding" not in faults(check_ppo(module, prompts))
 
 
-def moved_by_padding(forward: Callable[..., Any], *, attention_mask: Tensor, **kwargs: Any) -> Any:
+def moved_by_padding(forward: Callable[..., Any], *, attention_mask: Tensor | None, **kwargs: Any) -> Any:
     output = forward(attention_mask=attention_mask, **kwargs)
-    output.last_hidden_state = output.last_hidden_state * (1 + 1e-3 * attention_mask.shape[1])
+    # Where there is no mask, no padding is read.
+    if attention_mask is not None:
+        output.last_hidden_state = output.last_hidden_state * (1 + 1e-3 * attention_mask.shape[1])
     return output
 
 

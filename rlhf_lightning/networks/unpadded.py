@@ -1,0 +1,96 @@
+"""The states of padded sequences, found without computing any of padding.
+
+pad pad a   a   a          a a a b b b b
+pad b   b   b   b    ->    the real tokens in one row, in which attention is by sequence
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from rlhf_lightning.networks.by_sequence import Sequences
+
+_padding_is_read: ContextVar[bool] = ContextVar("_padding_is_read", default=False)
+
+
+@contextmanager
+def reading_padding() -> Iterator[None]:
+    """Let networks read padding in the block, as they do elsewhere: what it changes can be seen then."""
+    token = _padding_is_read.set(True)
+    try:
+        yield
+    finally:
+        _padding_is_read.reset(token)
+
+
+def last_states(
+    body: nn.Module,
+    tokens: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
+    *,
+    position_ids: Int[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T H"]:
+    """Return the last hidden states of sequences; those of padding mean nothing.
+
+    On a CPU, where it is faster, the real tokens alone are read if the network attends by sequence; their positions are
+    counted from 0 then. ``position_ids`` are what it is told otherwise.
+    """
+    network: Any = body
+    if not _leaves_padding_out(body, attention_mask):
+        inputs = {} if position_ids is None else {"position_ids": position_ids}
+        hidden: Tensor = network(
+            input_ids=tokens, attention_mask=attention_mask.long(), use_cache=False, **inputs
+        ).last_hidden_state
+        return hidden
+    from rlhf_lightning.networks.attending import attending
+    from rlhf_lightning.networks.by_sequence import BY_SEQUENCE, Padded
+
+    padded = Padded(tokens, attention_mask, attention_mask.flatten().nonzero().squeeze(1))
+    lengths = attention_mask.sum(dim=1)
+    sequences = replace(one_row(lengths), padded=padded)
+    time = torch.arange(len(padded.real), device=tokens.device) - (lengths.cumsum(0) - lengths).repeat_interleave(
+        lengths
+    )
+    with attending(body, BY_SEQUENCE):
+        read: Tensor = network(
+            input_ids=tokens[attention_mask].unsqueeze(0),
+            position_ids=time.unsqueeze(0),
+            attention_mask=None,
+            use_cache=False,
+            sequences=sequences,
+        ).last_hidden_state
+    return padded.spread(read)
+
+
+def one_row(lengths: Int[Tensor, " B"]) -> "Sequences":
+    """Return where the tokens of sequences of these lengths stand in one row, in which nothing is between them."""
+    from rlhf_lightning.networks.by_sequence import Sequences
+
+    longest = int(lengths.max())
+    time = torch.arange(longest, device=lengths.device)
+    kept = time < lengths.unsqueeze(1)
+    places = (lengths.cumsum(0) - lengths).unsqueeze(1) + time
+    number = torch.arange(kept.numel(), device=lengths.device)
+    return Sequences(
+        shape=(len(lengths), longest),
+        places=places.clamp(max=int(lengths.sum()) - 1).view(-1),
+        tokens=number[kept.view(-1)],
+        fill=number[:0],
+        not_kept=number[~kept.view(-1)],
+    )
+
+
+def _leaves_padding_out(body: nn.Module, attention_mask: Tensor) -> bool:
+    network: Any = body
+    if _padding_is_read.get() or network.device.type != "cpu" or bool(attention_mask.all()):
+        return False
+    from rlhf_lightning.networks.by_sequence import attends_by_sequence
+
+    return attends_by_sequence(body)
