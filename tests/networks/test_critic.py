@@ -4,9 +4,11 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_lightning.functional.masking import position_ids
 from rlhf_lightning.networks import Critic
 from rlhf_lightning.networks.critic import TrunkCritic, new_value_head
 from rlhf_lightning.networks.scalar_head import scalar_head
+from rlhf_lightning.networks.unpadded import last_states, reading_padding
 
 TOKENS = torch.tensor([[5, 9, 7, 30, 2], [8, 4, 11, 12, 13]])
 ALL = torch.ones(2, 5, dtype=torch.bool)
@@ -137,6 +139,21 @@ def test_states_are_taken_over_only_from_the_same_tokens_read_in_the_same_way(
     with torch.no_grad():
         read(network, TOKENS, ALL)
     assert critic(TOKENS, ALL).requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_are_taken_over_where_padding_was_left_out(kind: str, policy: Callable[..., Any]) -> None:
+    network = policy(kind)
+    critic = TrunkCritic(network, new_value_head(network))
+    forwards: list[int] = []
+    network.base_model.register_forward_hook(lambda *_: forwards.append(1))
+    padded = ALL.clone()
+    padded[0, 0] = False
+    last_states(network.base_model, TOKENS, padded, position_ids=position_ids(padded))
+    found = critic(TOKENS, padded)
+    assert len(forwards) == 1
+    with reading_padding():
+        torch.testing.assert_close(found[padded], Critic(network.base_model, critic.head)(TOKENS, padded)[padded])
 
 
 def test_the_value_loss_reaches_the_policys_body_through_a_shared_trunk(policy: Callable[..., Any]) -> None:
