@@ -36,6 +36,7 @@ class Mutant:
 
 FUNCTIONAL = "rlhf_lightning/functional/"
 ROLLOUT = "rlhf_lightning/rollout/"
+BY_SEQUENCE = "rlhf_lightning/networks/by_sequence.py"
 PPO = "rlhf_lightning/modules/ppo.py"
 PPO_TESTS = "tests/modules/test_ppo.py::"
 INVARIANCES = "tests/modules/test_invariances.py::"
@@ -268,6 +269,38 @@ MUTANTS = (
         "logits[row, column + 1 - left_out]",
         ("tests/networks/test_predictions.py",),
         10,
+    ),
+    Mutant(
+        "gradients of a prompt that responses share are those of one response",
+        BY_SEQUENCE,
+        ".index_add_(0, beginnings.leader, of_beginnings)",
+        ".add_(of_beginnings)",
+        ("tests/networks/test_by_sequence.py",),
+        50,
+    ),
+    Mutant(
+        "what fills up a row is trained",
+        BY_SEQUENCE,
+        ".index_fill_(0, sequences.fill, 0)",
+        "",
+        ("tests/networks/test_by_sequence.py",),
+        50,
+    ),
+    Mutant(
+        "tokens that are not read give gradients to those that are",
+        BY_SEQUENCE,
+        ".index_fill_(0, sequences.not_kept, 0)",
+        "",
+        ("tests/networks/test_by_sequence.py", "tests/networks/test_unpadded.py"),
+        50,
+    ),
+    Mutant(
+        "sequences in one row go on counting their positions",
+        "rlhf_lightning/networks/unpadded.py",
+        "count(attention_mask)[attention_mask]",
+        "torch.arange(len(padded.real))",
+        ("tests/networks/test_unpadded.py",),
+        7,
     ),
     Mutant(
         "all ranks sample the same noise",

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from rlhf_lightning.functional.masking import position_ids as count
+
 if TYPE_CHECKING:
     from rlhf_lightning.networks.by_sequence import Sequences
 
@@ -53,15 +55,11 @@ def last_states(
     from rlhf_lightning.networks.by_sequence import BY_SEQUENCE, Padded
 
     padded = Padded(tokens, attention_mask, attention_mask.flatten().nonzero().squeeze(1))
-    lengths = attention_mask.sum(dim=1)
-    sequences = replace(one_row(lengths), padded=padded)
-    time = torch.arange(len(padded.real), device=tokens.device) - (lengths.cumsum(0) - lengths).repeat_interleave(
-        lengths
-    )
+    sequences = replace(one_row(attention_mask.sum(dim=1)), padded=padded)
     with attending(body, BY_SEQUENCE):
         read: Tensor = network(
             input_ids=tokens[attention_mask].unsqueeze(0),
-            position_ids=time.unsqueeze(0),
+            position_ids=count(attention_mask)[attention_mask].unsqueeze(0),
             attention_mask=None,
             use_cache=False,
             sequences=sequences,
