@@ -242,18 +242,20 @@ ONE = ([FEW[0][0]], [FEW[1][0]])
 
 @pytest.mark.parametrize("rows", [FEW, MANY, PAIRS, ONE], ids=["few", "many", "of two tokens", "one"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
-def test_packed_sequences_have_the_same_loss_and_gradients(
+def test_padded_and_packed_sequences_have_the_loss_and_gradient_of_a_loop_over_their_tokens_in_float64(
     kind: str, rows: tuple[list[list[int]], list[list[int]]], policy: Callable[..., Any]
 ) -> None:
-    losses, gradients = [], []
+    network = (mistral() if kind == "mistral" else policy(kind)).double().eval()
+    expected = token_losses(network, *rows).sum()
+    expected.backward()
+    expected_gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
     for packing in (False, True):
         module = SFTModule((mistral() if kind == "mistral" else policy(kind)).double(), packing=packing).eval()
         loss = module.differentiated(batch(*rows, pads=2))
         loss.backward()
-        losses.append(loss.item())
-        gradients.append(torch.cat([p.grad.flatten() for p in module.policy.parameters() if p.grad is not None]))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert (gradients[1] - gradients[0]).norm() < 1e-6 * gradients[0].norm()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        gradient = torch.cat([p.grad.flatten() for p in module.policy.parameters() if p.grad is not None])
+        assert (gradient - expected_gradient).norm() < 1e-6 * expected_gradient.norm()
 
 
 def shapes_read(module: SFTModule) -> list[tuple[int, ...]]:
