@@ -393,7 +393,7 @@ def check_optimization(
         check_number(name, value)
         if not 0 <= value < math.inf:
             raise InputError(f"{name}={value} must not be negative, and finite")
-    if not isinstance(warmup_steps, int) or warmup_steps < 0:
+    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
         raise InputError(f"warmup_steps={warmup_steps} must be a whole number, 0 or more")
     check_number("warmup_from", warmup_from)
     if not 0 <= warmup_from < 1:

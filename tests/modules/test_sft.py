@@ -205,6 +205,7 @@ def test_dropout_is_set_for_every_layer_and_off_in_validation(policy: Callable[.
         ({"learning_rate": float("nan")}, "learning_rate=nan must not be negative, and finite"),
         ({"weight_decay": -1.0}, r"weight_decay=-1\.0 must not be negative, and finite"),
         ({"warmup_steps": 1.5}, r"warmup_steps=1\.5 must be a whole number, 0 or more"),
+        ({"warmup_steps": True}, "warmup_steps=True must be a whole number, 0 or more"),
         ({"warmup_from": 1.0}, r"warmup_from=1\.0 must lie in \[0, 1\)"),
         ({"warmup_from": "0.1"}, r"warmup_from='0\.1' must be a number"),
         ({"dropout": "0.2"}, r"dropout='0\.2' must be a number"),
