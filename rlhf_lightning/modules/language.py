@@ -356,6 +356,7 @@ def adamw_with_schedule(
     weight_decay: float,
     schedule: Schedule,
     warmup_steps: int,
+    warmup_from: float,
     floor: float,
 ) -> Any:
     """Return Lightning's dictionary of AdamW over what is trained and a schedule that moves every optimizer step."""
@@ -365,7 +366,9 @@ def adamw_with_schedule(
     total = module.trainer.estimated_stepping_batches
 
     def factor(step: int) -> float:
-        return learning_rate_factor(step, total, schedule=schedule, warmup_steps=warmup_steps, floor=floor)
+        return learning_rate_factor(
+            step, total, schedule=schedule, warmup_steps=warmup_steps, warmup_from=warmup_from, floor=floor
+        )
 
     return {"optimizer": adam, "lr_scheduler": {"scheduler": LambdaLR(adam, factor), "interval": "step"}}
 
@@ -377,6 +380,7 @@ def check_optimization(
     lr_schedule: str,
     lr_floor: float,
     warmup_steps: int,
+    warmup_from: float,
     optimizer: str,
 ) -> None:
     """Raise `InputError` where a setting of optimizer or schedule is out of its range."""
@@ -389,8 +393,11 @@ def check_optimization(
         check_number(name, value)
         if not 0 <= value < math.inf:
             raise InputError(f"{name}={value} must not be negative, and finite")
-    if not isinstance(warmup_steps, int) or warmup_steps < 0:
+    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
         raise InputError(f"warmup_steps={warmup_steps} must be a whole number, 0 or more")
+    check_number("warmup_from", warmup_from)
+    if not 0 <= warmup_from < 1:
+        raise InputError(f"warmup_from={warmup_from} must lie in [0, 1)")
 
 
 def adamw(

@@ -155,6 +155,7 @@ class PPOModule(LanguageModule):
         lr_schedule: Schedule = "linear",
         lr_floor: float = 0.0,
         warmup_steps: int = 0,
+        warmup_from: float = 0.0,
         max_grad_norm: float = 1.0,
         ema_decay: float | None = None,
         optimizer: OptimizerName = "adamw",
@@ -225,6 +226,7 @@ class PPOModule(LanguageModule):
         self.lr_schedule = lr_schedule
         self.lr_floor = lr_floor
         self.warmup_steps = warmup_steps
+        self.warmup_from = warmup_from
         self.max_grad_norm = max_grad_norm
         self.ema_decay = ema_decay
         self.optimizer = optimizer
@@ -844,7 +846,12 @@ class PPOModule(LanguageModule):
         total = self.trainer.estimated_stepping_batches * updates_per_rollout
         warmup = self.warmup_steps * updates_per_rollout
         factor = learning_rate_factor(
-            update, total, schedule=self.lr_schedule, warmup_steps=warmup, floor=self.lr_floor
+            update,
+            total,
+            schedule=self.lr_schedule,
+            warmup_steps=warmup,
+            warmup_from=self.warmup_from,
+            floor=self.lr_floor,
         )
         rates = (self.learning_rate, self.critic_learning_rate)
         for group, rate in zip(self._optimizer.param_groups, rates, strict=False):

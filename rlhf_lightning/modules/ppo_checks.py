@@ -88,6 +88,7 @@ def without_effect(settings: Mapping[str, Any], constructor: Callable[..., Any])
         "kl_penalty": ("beta above 0", settings["beta"] > 0),
         "lr_floor": ("lr_schedule=linear or cosine", settings["lr_schedule"] != "constant"),
         "missing_eos_penalty": ("missing_eos=replace or subtract", settings["missing_eos"] != "mask"),
+        "warmup_from": ("warmup_steps above 0", settings["warmup_steps"] > 0),
     }
     return [
         f"{name}={settings[name]} counts only with {what}"
@@ -105,7 +106,7 @@ def nearest_divisors(number: int, wanted: int) -> list[int]:
 
 
 def _check_types(settings: Mapping[str, Any]) -> None:
-    for name in (*NOT_NEGATIVE, *ABOVE_0, *AT_LEAST_1, "gamma", "lam", "lr_floor", "top_p"):
+    for name in (*NOT_NEGATIVE, *ABOVE_0, *AT_LEAST_1, "gamma", "lam", "lr_floor", "warmup_from", "top_p"):
         check_number(name, settings[name], whole=name in (*AT_LEAST_1, "warmup_steps"))
     for name in (*ABOVE_0_OR_OFF, "ema_decay", "micro_batch_tokens"):
         if settings[name] is not None:
@@ -118,6 +119,8 @@ def _check_ranges(settings: Mapping[str, Any]) -> None:
         _require(settings[name] in choices, name, settings[name], f"must be one of {', '.join(choices)}")
     for name in ("gamma", "lam", "lr_floor"):
         _require(0 <= settings[name] <= 1, name, settings[name], "must lie in [0, 1]")
+    start = settings["warmup_from"]
+    _require(0 <= start < 1, "warmup_from", start, "must lie in [0, 1)")
     for name in NOT_NEGATIVE:
         _require(settings[name] >= 0, name, settings[name], "must not be negative")
     for name in ABOVE_0:

@@ -76,6 +76,7 @@ class RewardModule(LanguageModule):
         lr_schedule: Schedule = "cosine",
         lr_floor: float = 0.0,
         warmup_steps: int = 0,
+        warmup_from: float = 0.0,
         optimizer: OptimizerName = "adamw",
         shift_scores: bool = True,
         ranking_loss: RankingLoss = "pairwise",
@@ -107,6 +108,7 @@ class RewardModule(LanguageModule):
             lr_schedule=lr_schedule,
             lr_floor=lr_floor,
             warmup_steps=warmup_steps,
+            warmup_from=warmup_from,
             optimizer=optimizer,
         )
         check_seed("seed", seed)
@@ -131,6 +133,7 @@ class RewardModule(LanguageModule):
         self.lr_schedule = lr_schedule
         self.lr_floor = lr_floor
         self.warmup_steps = warmup_steps
+        self.warmup_from = warmup_from
         self.optimizer = optimizer
         self.shift_scores = shift_scores
         self.ranking_loss = ranking_loss
@@ -304,6 +307,7 @@ class RewardModule(LanguageModule):
             weight_decay=self.weight_decay,
             schedule=self.lr_schedule,
             warmup_steps=self.warmup_steps,
+            warmup_from=self.warmup_from,
             floor=self.lr_floor,
         )
 

@@ -51,6 +51,7 @@ class SFTModule(LanguageModule):
         lr_schedule: Schedule = "cosine",
         lr_floor: float = 0.0,
         warmup_steps: int = 0,
+        warmup_from: float = 0.0,
         optimizer: OptimizerName = "adamw",
         dropout: float | None = None,
         packing: bool = False,
@@ -69,6 +70,7 @@ class SFTModule(LanguageModule):
             lr_schedule=lr_schedule,
             lr_floor=lr_floor,
             warmup_steps=warmup_steps,
+            warmup_from=warmup_from,
             optimizer=optimizer,
         )
         if dropout is not None:
@@ -85,6 +87,7 @@ class SFTModule(LanguageModule):
         self.lr_schedule = lr_schedule
         self.lr_floor = lr_floor
         self.warmup_steps = warmup_steps
+        self.warmup_from = warmup_from
         self.optimizer = optimizer
         self.packing = packing
         self._packing_is_checked = False
@@ -170,6 +173,7 @@ class SFTModule(LanguageModule):
             weight_decay=self.weight_decay,
             schedule=self.lr_schedule,
             warmup_steps=self.warmup_steps,
+            warmup_from=self.warmup_from,
             floor=self.lr_floor,
         )
 

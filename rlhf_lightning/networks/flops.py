@@ -14,6 +14,8 @@ from typing import Any, Self
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from rlhf_lightning.networks.configs import heads_of
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -77,10 +79,5 @@ def flops_of(network: nn.Module) -> Flops | None:
             counts[f"trained_{name}"] += size if layer.weight.requires_grad else 0
         elif not isinstance(layer, nn.Embedding) and any(p.dim() > 1 for p in layer.parameters(recurse=False)):
             return None
-    return Flops(**counts, attention=_attention(models[0].config.get_text_config()) if models else 0)
-
-
-def _attention(text: Any) -> int:
-    # Networks with heads of another size say so; the others have no such attribute.
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(text.num_hidden_layers * text.num_attention_heads * width)
+    attention = sum(heads.number * heads.width for heads in heads_of(models[0])) if models else 0
+    return Flops(**counts, attention=attention)

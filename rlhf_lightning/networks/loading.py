@@ -13,6 +13,7 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks.adapters import Adapter, attach, check_same_shape, read_adapter, same_network
 from rlhf_lightning.networks.checkpointing import checkpoint_blocks
 from rlhf_lightning.networks.compiling import compile_body
+from rlhf_lightning.networks.configs import setting_of
 from rlhf_lightning.networks.lora import LoRA, add_adapter, merge_adapter
 from rlhf_lightning.networks.quantizing import (
     Quantization,
@@ -189,8 +190,8 @@ def network_config(model: str | Path | NetworkConfig) -> NetworkConfig:
 def max_positions(model: nn.Module) -> int | None:
     """Return the longest sequence that the network's positions allow, None where they have no end."""
     config: Any = model.config
-    # The attribute exists only for architectures with a table or a trained range of positions.
-    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # Only architectures with a table or a trained range of positions have it.
+    positions: int | None = setting_of(config.get_text_config(), "max_position_embeddings")
     if positions is None:
         return None
     tables = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]

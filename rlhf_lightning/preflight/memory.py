@@ -5,12 +5,12 @@ import resource
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from rlhf_lightning.functional.dtensors import local_numel
+from rlhf_lightning.networks.configs import heads_of
 from rlhf_lightning.preflight.allocations import PhaseMemory
 from rlhf_lightning.preflight.findings import Finding
 
@@ -92,12 +92,8 @@ def role_memory(
 
 def cache_bytes(network: nn.Module, *, sequences: int, length: int) -> int:
     """Return the keys and values of a rollout while it is sampled."""
-    config: Any = network.config
-    text = config.get_text_config()
-    # Networks with shared keys, or heads of another size, say so; the others have no such attribute.
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * sequences * length * text.num_hidden_layers * heads * width * next(network.parameters()).element_size()
+    of_a_token = 2 * sum(heads.of_keys * heads.width for heads in heads_of(network))
+    return sequences * length * of_a_token * next(network.parameters()).element_size()
 
 
 def free_bytes(device: torch.device) -> int | None:

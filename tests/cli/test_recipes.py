@@ -83,6 +83,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "module.ppo.critic_learning_rate": 9e-6,
         "module.ppo.lr_schedule": "constant",
         "module.ppo.warmup_steps": 10,
+        "module.ppo.warmup_from": 0.1,
         "module.ppo.ema_decay": 0.992,
         "module.ppo.ptx_coef": 27.8,
         "module.ppo.ptx_data.batch_size": 8 * 64,

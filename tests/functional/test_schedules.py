@@ -39,6 +39,16 @@ def test_warm_up_rises_in_equal_steps_and_never_starts_at_0(schedule: Schedule) 
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_warm_up_from_a_share_begins_there_and_rises_in_equal_steps(schedule: Schedule) -> None:
+    found = [learning_rate_factor(step, 20, schedule=schedule, warmup_steps=4, warmup_from=0.2) for step in range(5)]
+    assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_without_a_warm_up_there_is_nothing_to_begin_at() -> None:
+    assert learning_rate_factor(0, 20, schedule="linear", warmup_from=0.2) == 1.0
+
+
 def test_after_the_warm_up_the_rest_of_the_steps_takes_it_to_the_end() -> None:
     assert learning_rate_factor(12, 20, schedule="linear", warmup_steps=4) == pytest.approx(0.5)
     assert learning_rate_factor(20, 20, schedule="linear", warmup_steps=4) == 0.0

@@ -66,7 +66,8 @@ class TableLanguageModel(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.base_model = Table(vocabulary)
-        text_config = SimpleNamespace(hidden_size=vocabulary, vocab_size=vocabulary, max_position_embeddings=64)
+        sizes = {"hidden_size": vocabulary, "vocab_size": vocabulary, "max_position_embeddings": 64}
+        text_config = SimpleNamespace(**sizes, attribute_map={})
         self.config = SimpleNamespace(get_text_config=lambda: text_config)
         self.generation_config = SimpleNamespace(eos_token_id=END)
 

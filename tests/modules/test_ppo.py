@@ -371,6 +371,16 @@ def test_the_warm_up_counts_rollouts_not_updates(
     assert [policy for policy, _ in module.rates] == pytest.approx([1e-3 * min(1, (u + 1) / 9) for u in range(12)])
 
 
+def test_the_warm_up_begins_at_its_share_of_both_learning_rates(
+    make: Callable[..., Watching], prompts: PromptBatch, fit: Callable[..., Any]
+) -> None:
+    warmup = {"warmup_steps": 2, "warmup_from": 0.2, "lr_schedule": "constant"}
+    module = make(learning_rate=1e-3, critic_learning_rate=4e-3, **warmup)
+    fit(module, [prompts] * 3, max_steps=3)
+    factors = [min(1.0, 0.2 + 0.1 * update) for update in range(12)]
+    assert module.rates == [pytest.approx([1e-3 * factor, 4e-3 * factor]) for factor in factors]
+
+
 # What is learned -------------------------------------------------------------
 
 

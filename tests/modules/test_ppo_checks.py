@@ -30,6 +30,10 @@ OUT_OF_RANGE: list[tuple[Settings, str]] = [
     ({"gamma": -0.1}, "gamma=-0.1 must lie in [0, 1]"),
     ({"lam": 1.01}, "lam=1.01 must lie in [0, 1]"),
     ({"lam": -0.1}, "lam=-0.1 must lie in [0, 1]"),
+    ({"lr_floor": 1.1}, "lr_floor=1.1 must lie in [0, 1]"),
+    ({"lr_floor": -0.1}, "lr_floor=-0.1 must lie in [0, 1]"),
+    ({"warmup_from": 1.0}, "warmup_from=1.0 must lie in [0, 1)"),
+    ({"warmup_from": -0.1}, "warmup_from=-0.1 must lie in [0, 1)"),
     ({"ema_decay": 0.0}, "ema_decay=0.0 must lie in (0, 1), or be None to turn it off"),
     ({"ema_decay": 1.0}, "ema_decay=1.0 must lie in (0, 1), or be None to turn it off"),
     ({"top_p": 0.9}, "top_p=0.9 must be 1: with fewer tokens to draw from"),
@@ -52,7 +56,10 @@ OUT_OF_RANGE: list[tuple[Settings, str]] = [
     ({"warmup_steps": 1.5}, "warmup_steps=1.5 must be a whole number"),
     ({"minibatch_size": True}, "minibatch_size=True must be a whole number"),
     *(({name: "0.5"}, f"{name}='0.5' must be a ") for name in (*NOT_NEGATIVE, *ABOVE_0, *ABOVE_0_OR_OFF, *AT_LEAST_1)),
-    *(({name: [1]}, f"{name}=[1] must be a number") for name in ("gamma", "lam", "lr_floor", "top_p", "ema_decay")),
+    *(
+        ({name: [1]}, f"{name}=[1] must be a number")
+        for name in ("gamma", "lam", "lr_floor", "warmup_from", "top_p", "ema_decay")
+    ),
     *(({name: None}, f"{name}=None must be a number") for name in ABOVE_0),
     *(({"seed": seed}, f"seed={seed!r} must be a whole number from 0 to 4294967295") for seed in (-1, 2**32, 1.0, "1")),
     *(({name: "other"}, f"{name}=other must be one of {', '.join(choices)}") for name, choices in CHOICES.items()),
@@ -89,6 +96,8 @@ AT_THE_EDGE: list[Settings] = [
     {"gamma": 0.0, "lam": 1.0},
     {"gamma": 1.0, "lam": 0.0},
     {"beta": 0.0},
+    {"lr_floor": 0.0, "warmup_from": 0.0},
+    {"lr_floor": 1.0, "warmup_from": 0.999},
     *({name: 0} for name in NOT_NEGATIVE),
     *({name: 1} for name in AT_LEAST_1),
     *({name: None} for name in ABOVE_0_OR_OFF),
@@ -113,7 +122,9 @@ def test_the_edge_of_a_range_is_allowed(settings: Settings) -> None:
     check_settings({**DEFAULTS, **settings})
 
 
-@pytest.mark.parametrize("name", [*NOT_NEGATIVE, *ABOVE_0, *ABOVE_0_OR_OFF, "gamma", "lam", "ema_decay", "top_p"])
+@pytest.mark.parametrize(
+    "name", [*NOT_NEGATIVE, *ABOVE_0, *ABOVE_0_OR_OFF, "gamma", "lam", "warmup_from", "ema_decay", "top_p"]
+)
 def test_nan_is_in_no_range(name: str) -> None:
     with pytest.raises(InputError, match=f"{name}=nan must"):
         check_settings({**DEFAULTS, name: NAN})
@@ -135,6 +146,7 @@ def test_every_number_of_the_constructor_is_looked_at() -> None:
         "gamma",
         "lam",
         "lr_floor",
+        "warmup_from",
         "ema_decay",
         "micro_batch_tokens",
         "top_p",
@@ -182,6 +194,7 @@ IDLE: list[tuple[Settings, Settings, str]] = [
     ({}, {"adaptive_kl_horizon": 5.0}, "adaptive_kl_horizon=5.0 counts only with adaptive_kl_target"),
     ({"beta": 0.0}, {"kl_penalty": "loss_k2"}, "kl_penalty=loss_k2 counts only with beta above 0"),
     ({"lr_schedule": "constant"}, {"lr_floor": 0.5}, "lr_floor=0.5 counts only with lr_schedule=linear or cosine"),
+    ({}, {"warmup_from": 0.1}, "warmup_from=0.1 counts only with warmup_steps above 0"),
     ({"missing_eos": "mask"}, {"missing_eos_penalty": 2.0}, "missing_eos_penalty=2.0 counts only with missing_eos="),
 ]
 
@@ -191,7 +204,11 @@ def test_a_setting_that_another_turns_off_is_named(turned_off_by: Settings, idle
     (found,) = without_effect(DEFAULTS | turned_off_by | idle, PPOModule)
     assert found.startswith(message)
     assert without_effect(DEFAULTS | turned_off_by, PPOModule) == []
-    active = {"baseline": {"advantage": "reinforce"}, "adaptive_kl_horizon": {"adaptive_kl_target": 6.0}}
+    active = {
+        "baseline": {"advantage": "reinforce"},
+        "adaptive_kl_horizon": {"adaptive_kl_target": 6.0},
+        "warmup_from": {"warmup_steps": 2},
+    }
     assert without_effect(DEFAULTS | idle | active.get(next(iter(idle)), {}), PPOModule) == []
 
 

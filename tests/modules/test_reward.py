@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Callback
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, OPTConfig, OPTForSequenceClassification
 
@@ -513,6 +514,25 @@ def test_every_setting_changes_the_trained_weights(
         fit(module, [batch(MIXED, ratings=RATINGS), batch(separable(2, 0))], max_epochs=2)
     before, after = weights(default.reward_model), weights(other.reward_model)
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+class Rates(Callback):
+    """The learning rate of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def test_the_warm_up_begins_at_its_share_of_the_learning_rate(
+    make: Callable[..., RewardModule], fit: Callable[..., Any]
+) -> None:
+    found = Rates()
+    module = make(learning_rate=1e-3, lr_schedule="constant", warmup_steps=2, warmup_from=0.2)
+    fit(module, [batch(MIXED), batch(separable(2, 0))], max_epochs=2, callbacks=[found])
+    assert found.seen == pytest.approx([2e-4, 6e-4, 1e-3, 1e-3])
 
 
 def test_two_processes_shift_the_scores_by_the_mean_over_both(

@@ -133,6 +133,16 @@ def test_dropout_is_on_in_training_and_off_in_validation(policy: Callable[..., A
     assert torch.equal(*seen.validation)
 
 
+class Rates(Callback):
+    """The learning rate of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
 @pytest.mark.parametrize(
     ("schedule", "rates"),
     [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.853553, 0.5, 0.146447])],
@@ -140,17 +150,19 @@ def test_dropout_is_on_in_training_and_off_in_validation(policy: Callable[..., A
 def test_the_learning_rate_follows_its_schedule_over_the_steps_of_the_trainer(
     schedule: Any, rates: list[float], policy: Callable[..., Any], fit: Callable[..., Any]
 ) -> None:
-    class Rates(Callback):
-        def __init__(self) -> None:
-            self.seen: list[float] = []
-
-        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-            self.seen.append(optimizer.param_groups[0]["lr"])
-
     found = Rates()
     module = SFTModule(policy(), learning_rate=1e-3, lr_schedule=schedule)
     fit(module, [batch(*FEW), batch(*MANY)], max_epochs=2, callbacks=[found])
     assert found.seen == pytest.approx([1e-3 * rate for rate in rates], rel=1e-4)
+
+
+def test_the_warm_up_begins_at_its_share_of_the_learning_rate(
+    policy: Callable[..., Any], fit: Callable[..., Any]
+) -> None:
+    found = Rates()
+    module = SFTModule(policy(), learning_rate=1e-3, lr_schedule="constant", warmup_steps=2, warmup_from=0.2)
+    fit(module, [batch(*FEW), batch(*MANY)], max_epochs=2, callbacks=[found])
+    assert found.seen == pytest.approx([2e-4, 6e-4, 1e-3, 1e-3])
 
 
 @pytest.mark.parametrize(
@@ -193,6 +205,9 @@ def test_dropout_is_set_for_every_layer_and_off_in_validation(policy: Callable[.
         ({"learning_rate": float("nan")}, "learning_rate=nan must not be negative, and finite"),
         ({"weight_decay": -1.0}, r"weight_decay=-1\.0 must not be negative, and finite"),
         ({"warmup_steps": 1.5}, r"warmup_steps=1\.5 must be a whole number, 0 or more"),
+        ({"warmup_steps": True}, "warmup_steps=True must be a whole number, 0 or more"),
+        ({"warmup_from": 1.0}, r"warmup_from=1\.0 must lie in \[0, 1\)"),
+        ({"warmup_from": "0.1"}, r"warmup_from='0\.1' must be a number"),
         ({"dropout": "0.2"}, r"dropout='0\.2' must be a number"),
         ({"learning_rate": "1e-5"}, "learning_rate='1e-5' must be a number"),
         ({"weight_decay": None}, "weight_decay=None must be a number"),
@@ -228,18 +243,20 @@ ONE = ([FEW[0][0]], [FEW[1][0]])
 
 @pytest.mark.parametrize("rows", [FEW, MANY, PAIRS, ONE], ids=["few", "many", "of two tokens", "one"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
-def test_packed_sequences_have_the_same_loss_and_gradients(
+def test_padded_and_packed_sequences_have_the_loss_and_gradient_of_a_loop_over_their_tokens_in_float64(
     kind: str, rows: tuple[list[list[int]], list[list[int]]], policy: Callable[..., Any]
 ) -> None:
-    losses, gradients = [], []
+    network = (mistral() if kind == "mistral" else policy(kind)).double().eval()
+    expected = token_losses(network, *rows).sum()
+    expected.backward()
+    expected_gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
     for packing in (False, True):
         module = SFTModule((mistral() if kind == "mistral" else policy(kind)).double(), packing=packing).eval()
         loss = module.differentiated(batch(*rows, pads=2))
         loss.backward()
-        losses.append(loss.item())
-        gradients.append(torch.cat([p.grad.flatten() for p in module.policy.parameters() if p.grad is not None]))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert (gradients[1] - gradients[0]).norm() < 1e-6 * gradients[0].norm()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        gradient = torch.cat([p.grad.flatten() for p in module.policy.parameters() if p.grad is not None])
+        assert (gradient - expected_gradient).norm() < 1e-6 * expected_gradient.norm()
 
 
 def shapes_read(module: SFTModule) -> list[tuple[int, ...]]:

@@ -140,5 +140,15 @@ def make(llama: Callable[..., Any], tokenizer: Any) -> Callable[..., PPOModule]:
 
 @pytest.fixture
 def faults() -> Callable[[list[Finding]], dict[str, Finding]]:
-    """What is not right, by name."""
-    return lambda findings: {f.name: f for f in findings if f.status in ("warning", "error")}
+    """What is not right, by name; each says so in one line, with what to change."""
+
+    def find(findings: list[Finding]) -> dict[str, Finding]:
+        found = {f.name: f for f in findings if f.status in ("warning", "error")}
+        for finding in found.values():
+            assert finding.measured
+            assert finding.remedy, finding.name
+            assert str(finding) == f"{finding.name}: {finding.measured} -> {finding.remedy}"
+            assert len(str(finding).splitlines()) == 1, finding.name
+        return found
+
+    return find

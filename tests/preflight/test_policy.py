@@ -134,6 +134,23 @@ def test_a_reference_whose_adapter_was_left_off_is_named(
     assert ".lora_" in found["KL to the reference"].measured
 
 
+def test_dropout_of_an_adapter_that_was_left_on_is_named(
+    wide_model: Path, make: Make, prompts: PromptBatch, faults: Faults, tmp_path: Path
+) -> None:
+    lora = LoRA(r=4, dropout=0.5)
+    trained = moved(load_policy(NetworkConfig(str(wide_model), lora=lora)))
+    save_pretrained(trained, load_tokenizer(wide_model), tmp_path, export="adapter")
+    module = make(NetworkConfig(str(tmp_path), lora=lora, roles="shared"))
+    assert faults(check_ppo(module, prompts)) == {}
+    layer = next(name for name, _ in module.policy.named_modules() if name.endswith("lora_dropout"))
+    for part in module.policy.modules():
+        part.training = isinstance(part, torch.nn.Dropout)
+    found = faults(check_ppo(module, prompts))
+    for name in ("KL to the reference", "first ratio"):
+        assert found[name].status == "error"
+        assert f"dropout left on: {layer}" in found[name].measured
+
+
 # Temperature -----------------------------------------------------------------
 
 

@@ -208,6 +208,23 @@ def test_the_average_counts_among_what_memory_must_hold(make: Make, prompts: Pro
     assert f"average {size:.2f} MiB" in with_average
 
 
+def test_a_run_that_does_not_fit_the_memory_that_is_free_is_named_with_what_to_change(
+    make: Make, prompts: PromptBatch, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make()
+    held = sum(p.nbytes for p in module.parameters())
+    trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    # The weights are there; their gradients and AdamW's two moments are to come, and then the work.
+    for free, status, says in ((3 * trained - 1, "error", "do not fit"), (3 * trained, "warning", "may not fit")):
+        monkeypatch.setattr("rlhf_lightning.preflight.stages.free_bytes", lambda device, free=free: free)
+        found = faults(check_ppo(module, prompts))
+        assert {name: finding.status for name, finding in found.items()} == {"memory": status}
+        assert says in found["memory"].measured
+        assert "a smaller network, network=lora" in found["memory"].remedy
+    monkeypatch.setattr("rlhf_lightning.preflight.stages.free_bytes", lambda device: 100 * held)
+    assert faults(check_ppo(module, prompts)) == {}
+
+
 def test_samples_per_prompt_count(make: Make) -> None:
     assert ppo_sizes(make(), 6, rollouts=1, processes=1).sequences == 6
     assert ppo_sizes(make(samples_per_prompt=4), 6, rollouts=1, processes=1).sequences == 24
