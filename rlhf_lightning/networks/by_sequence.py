@@ -6,7 +6,7 @@
 A mask over rows would compute the attention of every token to all tokens of its row, and throw most of it away.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -44,6 +44,8 @@ class Sequences:
     """None where no sequences share anything."""
     padded: "Padded | None" = None
     """What was given to be read, where that are sequences with padding."""
+    readers: set[int] = field(default_factory=set)
+    """The layers that attended by them, by `id`."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def attend_by_sequence(
     """
     if sequences is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    sequences.readers.add(id(module))
     rows, _, size, _ = query.shape
 
     def spread(states: Tensor) -> Tensor:
@@ -143,6 +146,18 @@ def attend_by_sequence(
 
 
 AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)
+
+
+def was_told_to_every_layer(network: nn.Module, sequences: Sequences) -> bool:
+    """Return whether each layer of a network that was called with ``sequences`` attended by them.
+
+    Where one did not, because the network keeps to itself what it is told, it never attends by sequence again.
+    """
+    model: Any = network
+    told = len(sequences.readers) == model.config.get_text_config().num_hidden_layers
+    if not told:
+        _see_all_before[network] = False
+    return told
 
 
 def attends_by_sequence(network: nn.Module) -> bool:

@@ -44,16 +44,24 @@ def last_states(
     On a CPU, where it is faster, the real tokens alone are read if the network attends by sequence; their positions are
     counted from 0 then. ``position_ids`` are what it is told otherwise.
     """
+    if _leaves_padding_out(body, attention_mask):
+        found = _without_padding(body, tokens, attention_mask)
+        if found is not None:
+            return found
     network: Any = body
-    if not _leaves_padding_out(body, attention_mask):
-        inputs = {} if position_ids is None else {"position_ids": position_ids}
-        hidden: Tensor = network(
-            input_ids=tokens, attention_mask=attention_mask.long(), use_cache=False, **inputs
-        ).last_hidden_state
-        return hidden
-    from rlhf_lightning.networks.attending import attending
-    from rlhf_lightning.networks.by_sequence import BY_SEQUENCE, Padded
+    inputs = {} if position_ids is None else {"position_ids": position_ids}
+    hidden: Tensor = network(
+        input_ids=tokens, attention_mask=attention_mask.long(), use_cache=False, **inputs
+    ).last_hidden_state
+    return hidden
 
+
+def _without_padding(body: nn.Module, tokens: Tensor, attention_mask: Tensor) -> Tensor | None:
+    """Return the states, None where not every layer of the network was told of the sequences."""
+    from rlhf_lightning.networks.attending import attending
+    from rlhf_lightning.networks.by_sequence import BY_SEQUENCE, Padded, was_told_to_every_layer
+
+    network: Any = body
     padded = Padded(tokens, attention_mask, attention_mask.flatten().nonzero().squeeze(1))
     sequences = replace(one_row(attention_mask.sum(dim=1)), padded=padded)
     with attending(body, BY_SEQUENCE):
@@ -64,7 +72,7 @@ def last_states(
             use_cache=False,
             sequences=sequences,
         ).last_hidden_state
-    return padded.spread(read)
+    return padded.spread(read) if was_told_to_every_layer(body, sequences) else None
 
 
 def one_row(lengths: Int[Tensor, " B"]) -> "Sequences":

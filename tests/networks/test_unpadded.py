@@ -81,6 +81,20 @@ def test_no_padding_is_read_but_where_it_is_asked_for_or_cannot_be_left_out() ->
     assert read_by_another == [18]
 
 
+def test_a_network_that_keeps_to_itself_what_it_is_told_reads_padding() -> None:
+    tokens, mask = sequences([2, 0, 1], [3, 5, 2], right=1)
+    network = llama()
+    with reading_padding():
+        expected = last_states(network, tokens, mask)
+    layer = network.layers[1].self_attn
+    layer.forward = lambda *args, sequences=None, plain=layer.forward, **inputs: plain(*args, **inputs)
+    read = tokens_read(network)
+    for _ in range(2):
+        torch.testing.assert_close(last_states(network, tokens, mask)[mask], expected[mask])
+    assert read == [10, 18, 18]
+    assert not attends_by_sequence(network)
+
+
 def test_the_states_of_padding_are_nothing_and_get_no_gradient() -> None:
     tokens, mask = sequences([2, 0], [3, 5], right=1)
     network = llama()
