@@ -234,7 +234,7 @@ def changed(file: Path, **settings: Any) -> None:
             "not fully covered",
         ),
         (lambda folder: (folder / "config.json").write_text("{not json"), "not a valid JSON file"),
-        (lambda folder: (folder / "config.json").write_text("[1]"), "config.json|must be a mapping"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "config.json|must be a mapping|list indices"),
         (lambda folder: changed(folder / "config.json", hidden_size=17), "hidden size \\(17\\) is not a multiple"),
         (lambda folder: changed(folder / "config.json", hidden_size=32), "other sizes than its config.json says"),
         (lambda folder: changed(folder / "config.json", hidden_size="big"), "expected int, got str"),
