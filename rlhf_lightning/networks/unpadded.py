@@ -94,8 +94,8 @@ def one_row(lengths: Int[Tensor, " B"]) -> "Sequences":
 
 
 def _leaves_padding_out(body: nn.Module, attention_mask: Tensor) -> bool:
-    network: Any = body
-    if _padding_is_read.get() or network.device.type != "cpu" or bool(attention_mask.all()):
+    on_cpu = next(body.parameters()).device.type == "cpu"
+    if _padding_is_read.get() or not on_cpu or bool(attention_mask.all()):
         return False
     from rlhf_lightning.networks.by_sequence import attends_by_sequence
 
