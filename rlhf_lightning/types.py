@@ -202,3 +202,15 @@ class Experience(Record):
     """(B, R) how much better each token was than expected, in the scale of the estimator."""
     returns: Tensor
     """(B, R + 1) targets of the critic."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a batch was for one process; each is ()."""
+
+    tokens: Tensor
+    """Real tokens that were trained on, each once; padding is not among them."""
+    flops: Tensor | None
+    """Floating-point operations that the method takes, None where they are not known."""
+    sampled_tokens: Tensor | None = None
+    """Tokens of responses, where some are sampled, in a phase called ``sampling``."""

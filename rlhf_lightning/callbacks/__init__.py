@@ -6,7 +6,7 @@ from rlhf_lightning.callbacks.export import HuggingFaceExport
 from rlhf_lightning.callbacks.history import History
 from rlhf_lightning.callbacks.resume import ExactResume
 from rlhf_lightning.callbacks.rollouts import RolloutModule, SampleTable, ScoreMonitor
-from rlhf_lightning.callbacks.throughput import MeasuredModule, Throughput, Work
+from rlhf_lightning.callbacks.throughput import MeasuredModule, Throughput
 from rlhf_lightning.callbacks.tracking import log_figures, log_headline
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "SampleTable",
     "ScoreMonitor",
     "Throughput",
-    "Work",
     "checkpoints",
     "log_figures",
     "log_headline",

@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -11,9 +10,9 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from rlhf_lightning.callbacks.stopwatch import STEP, WAITING, Stopwatch, now, seconds_between
+from rlhf_lightning.types import Work
 
 SAMPLING = "sampling"
 
@@ -22,18 +21,6 @@ LARGEST = 8192
 
 PATIENCE = 0.03
 """Seconds that one of these products may take."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a batch was for one process; each is ()."""
-
-    tokens: Tensor
-    """Real tokens that were trained on, each once; padding is not among them."""
-    flops: Tensor | None
-    """Floating-point operations that the method takes, None where they are not known."""
-    sampled_tokens: Tensor | None = None
-    """Tokens of responses, where some are sampled, in a phase called ``sampling``."""
 
 
 @runtime_checkable

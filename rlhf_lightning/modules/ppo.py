@@ -18,7 +18,6 @@ from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from rlhf_lightning.callbacks import Work
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.dtensors import whole
 from rlhf_lightning.functional.kl import adapted_beta, k1, k1_weighted, k2
@@ -76,7 +75,7 @@ from rlhf_lightning.rollout.metrics import critic_metrics, rollout_metrics, samp
 from rlhf_lightning.rollout.reward import Reward, RewardSetting, load_reward
 from rlhf_lightning.rollout.score import response_predictions, response_values, score_rollout, spread
 from rlhf_lightning.rollout.shaping import MissingEOS, Normalization, RunningMoments, Shaping
-from rlhf_lightning.types import Experience, PromptBatch, Rollout, SampledRollout, ScoredRollout, SFTBatch
+from rlhf_lightning.types import Experience, PromptBatch, Rollout, SampledRollout, ScoredRollout, SFTBatch, Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
-from rlhf_lightning.callbacks import Work
 from rlhf_lightning.errors import InputError, check_choice, check_number, check_seed
 from rlhf_lightning.functional.head_logprobs import head_logprobs
 from rlhf_lightning.functional.losses import k_wise_loss, pairwise_logistic_loss, ranked_pairs, ranking_loss
@@ -41,7 +40,7 @@ from rlhf_lightning.networks.packing import (
 )
 from rlhf_lightning.networks.scalar_head import HeadInit, HiddenMoments, scalar_head, shift_scores
 from rlhf_lightning.networks.shared_prompts import share_prompts
-from rlhf_lightning.types import ComparisonBatch
+from rlhf_lightning.types import ComparisonBatch, Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,6 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
-from rlhf_lightning.callbacks import Work
 from rlhf_lightning.errors import InputError, check_number
 from rlhf_lightning.functional.schedules import Schedule
 from rlhf_lightning.modules.hardware import OptimizerName
@@ -24,7 +23,7 @@ from rlhf_lightning.networks import Model, load_policy, stop_token_ids
 from rlhf_lightning.networks.flops import Flops, Reading, flops_of
 from rlhf_lightning.networks.packing import check_moved, largest_move, pack, pack_for, shortest_two
 from rlhf_lightning.preflight.findings import untouched
-from rlhf_lightning.types import SFTBatch
+from rlhf_lightning.types import SFTBatch, Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
