@@ -2,13 +2,16 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
@@ -39,13 +42,18 @@ from rlhf_lightning.networks.packing import (
     takes_lengths,
 )
 from rlhf_lightning.networks.scalar_head import HeadInit, HiddenMoments, scalar_head, shift_scores
+from rlhf_lightning.networks.scores import scores_and_states, sequence_scores
 from rlhf_lightning.networks.shared_prompts import share_prompts
+from rlhf_lightning.networks.unpadded import reading_padding
 from rlhf_lightning.types import ComparisonBatch, Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+BATCHES_AT_ONCE = 8
+"""Of how many batches the best responses are read at once, the same number on all processes: small batches are slow."""
 
 RankingLoss = Literal["pairwise", "k_wise"]
 """Whether a ranking counts as its pairs, or as a whole; of two responses it is the same."""
@@ -173,9 +181,7 @@ class RewardModule(LanguageModule):
 
     def forward(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
         """Return the score at the last real token of sequences padded on the right, in float32."""
-        network: Any = self.reward_model
-        logits: Tensor = network(input_ids=tokens, attention_mask=attention_mask.long(), use_cache=False).logits
-        return logits.squeeze(-1).float()
+        return sequence_scores(self.reward_model, tokens, attention_mask)
 
     def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
         """Return the mean over prompts of the mean loss over a prompt's pairs, and the next-token loss where asked.
@@ -234,24 +240,23 @@ class RewardModule(LanguageModule):
 
     def _read(self, batch: ComparisonBatch, packed: Packed | None) -> tuple[Float[Tensor, " B"], Float[Tensor, " N"]]:
         """Return the score of each row, and of the best rows the log-probability of each response token, if needed."""
-        network: Any = self.reward_model
-        if packed is not None:
-            states = last_hidden_state(network.base_model, packed)
-            last = last_index(batch.attention_mask).unsqueeze(1)
-            ends = states[packed.rows, packed.columns.gather(1, last)].squeeze(1)
-            scores = scalar_head(network)(ends).squeeze(-1).float()
-            best = batch.ranks == 0
-            hidden = states[packed.rows[best], packed.columns[best]] if self.lm_coef else None
-        else:
-            output = network(
-                input_ids=batch.tokens,
-                attention_mask=batch.attention_mask.long(),
-                use_cache=False,
-                output_hidden_states=bool(self.lm_coef),
-            )
-            scores = output.logits.squeeze(-1).float()
-            hidden = output.hidden_states[-1][batch.ranks == 0] if self.lm_coef else None
-        return scores, scores.new_empty(0) if hidden is None else self._best_logprobs(hidden, batch)
+        if packed is None:
+            return self._read_alone(batch)
+        states = last_hidden_state(self.reward_model.base_model, packed)
+        last = last_index(batch.attention_mask).unsqueeze(1)
+        ends = states[packed.rows, packed.columns.gather(1, last)].squeeze(1)
+        found = scalar_head(self.reward_model)(ends).squeeze(-1).float()
+        if not self.lm_coef:
+            return found, found.new_empty(0)
+        best = batch.ranks == 0
+        return found, self._best_logprobs(states[packed.rows[best], packed.columns[best]], batch)
+
+    def _read_alone(self, batch: ComparisonBatch) -> tuple[Float[Tensor, " B"], Float[Tensor, " N"]]:
+        if not self.lm_coef:
+            found = sequence_scores(self.reward_model, batch.tokens, batch.attention_mask)
+            return found, found.new_empty(0)
+        found, states = scores_and_states(self.reward_model, batch.tokens, batch.attention_mask)
+        return found, self._best_logprobs(states[batch.ranks == 0], batch)
 
     @torch.no_grad()
     def _check_rows(self, batch: ComparisonBatch) -> None:
@@ -260,7 +265,7 @@ class RewardModule(LanguageModule):
         else:
             batch = batch.rows(shortest_two(batch.attention_mask))
             setting, packed = "packing", pack(batch.tokens, batch.attention_mask, in_one_row=True)
-        with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context(), reading_padding():
             apart = (self._read(batch, packed)[0] - self(batch.tokens, batch.attention_mask)).abs().max()
             largest = largest_move(self.reward_model)
         check_moved(setting, "scores", apart, largest, self.reward_model)
@@ -315,10 +320,8 @@ class RewardModule(LanguageModule):
         head = scalar_head(self.reward_model)
         chosen = HiddenMoments(head.in_features, self.device)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        batches: Any = self.trainer.train_dataloader
-        for batch in batches:
-            best = batch.rows((batch.ranks == 0).nonzero().squeeze(1)).to(self.device)
-            hidden, scores = self._last_hidden(best)
+        for tokens, attention_mask in self._best_of_training_data():
+            hidden, scores = self._last_hidden(tokens, attention_mask)
             chosen.update(hidden)
             total += scores.double().sum()
         chosen.sum_up(self.sum_over_ranks)
@@ -327,15 +330,32 @@ class RewardModule(LanguageModule):
             spread = shift_scores(head, shift, mean=chosen.mean, covariance=chosen.covariance)
         log.info("scores shifted by %.3f (standard deviation of the change over the best %.3f)", shift, spread)
 
-    def _last_hidden(self, batch: ComparisonBatch) -> tuple[Tensor, Tensor]:
-        """Return what the scalar head reads of each sequence (B, hidden), and its score (B,)."""
+    def _best_of_training_data(self) -> Iterator[tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]]:
+        """Yield the best responses of several batches at a time, padded on the right, and where they are real."""
+        batches: Iterator[ComparisonBatch] = iter(cast("Any", self.trainer.train_dataloader))
+        while together := list(islice(batches, BATCHES_AT_ONCE)):
+            rows = [
+                tokens[real].to(self.device)
+                for batch in together
+                for tokens, real, rank in zip(batch.tokens, batch.attention_mask, batch.ranks, strict=True)
+                if rank == 0
+            ]
+            padding = cast("int", self.required_tokenizer.pad_token_id)
+            real = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+            yield pad_sequence(rows, batch_first=True, padding_value=padding), pad_sequence(real, batch_first=True)
+
+    def _last_hidden(
+        self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B H"], Float[Tensor, " B"]]:
+        """Return what the scalar head reads of each sequence, and its score."""
         seen: list[Tensor] = []
         hook = scalar_head(self.reward_model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        scores = callable_outside_of_steps(self)(batch.tokens, batch.attention_mask)
+        scores = callable_outside_of_steps(self)(tokens, attention_mask)
         hook.remove()
-        hidden = seen[0]
+        # The first call may have been a look at the network (`plain_scalar_head`).
+        hidden = seen[-1]
         if hidden.dim() == 3:
-            hidden = hidden[torch.arange(len(hidden)), last_index(batch.attention_mask)]
+            hidden = hidden[torch.arange(len(hidden)), last_index(attention_mask)]
         return hidden, scores
 
 

@@ -2,22 +2,15 @@
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from rlhf_lightning.functional.head_logprobs import head_logprobs, head_logprobs_and_entropy, total_logprob
 from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
 from rlhf_lightning.functional.precision import at_least_float32
-from rlhf_lightning.networks.compiling import uncompiled
-from rlhf_lightning.networks.sharding import is_sharded
+from rlhf_lightning.networks.plain_head import plain_head
 from rlhf_lightning.networks.unpadded import last_states
-
-_found_plain: "WeakKeyDictionary[nn.Module, dict[bool, bool]]" = WeakKeyDictionary()
-"""Of each network, whether its output layer is all that follows its body: called without positions, and with them."""
 
 
 @dataclass(frozen=True)
@@ -102,71 +95,3 @@ def predictions(
     # By numbers of rows: the backward of a choice by mask adds up number by number.
     states = hidden.flatten(0, 1).index_select(0, row * tokens.shape[1] + column)
     return Predictions(chosen, states, head, None)
-
-
-def plain_head(network: nn.Module, *, takes_positions: bool = True) -> nn.Linear | None:
-    """Return the output layer where logits are that linear layer of the last hidden states, and it is whole and plain.
-
-    None where the network scales or caps its logits or changes what its body reads, where the layer is quantised or has
-    an adapter, where somebody's hooks wait for the call of either, and where weights lie in parts on several processes.
-    """
-    from transformers import PreTrainedModel
-
-    if not isinstance(network, PreTrainedModel) or network.base_model is network or is_sharded(network):
-        return None
-    head: Any = network.get_output_embeddings()
-    # Of no subclass: quantised layers, adapters and FSDP2 make such.
-    if type(head) is not nn.Linear or head.weight.shape != (head.out_features, head.in_features):
-        return None
-    if _is_watched(head) or _is_watched(network) or _is_wrapped(network):
-        return None
-    found = _found_plain.setdefault(network, {})
-    if takes_positions not in found:
-        found[takes_positions] = _is_all(network, head, takes_positions=takes_positions)
-    return head if found[takes_positions] else None
-
-
-def _is_watched(part: nn.Module) -> bool:
-    """Return whether more happens at a call than the class says."""
-    return bool("forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks)
-
-
-def _is_wrapped(network: nn.Module) -> bool:
-    return any(isinstance(part, FullyShardedDataParallel) for part in network.modules())
-
-
-@torch.no_grad()
-def _is_all(network: Any, head: nn.Linear, *, takes_positions: bool) -> bool:
-    """Return whether body and layer are given what the network and the body make, and the layer's output is all."""
-    seen: dict[str, Any] = {}
-    # Large, so that what caps or scales them shows.
-    made = torch.linspace(-100, 100, 2 * head.out_features, device=head.weight.device).view(1, 2, -1)
-
-    def of_body(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        seen["given"] = [id(x) for x in (*args, *kwargs.values())]
-        seen["states"] = output.last_hidden_state
-
-    def of_head(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> Tensor:
-        seen["read"] = inputs[0]
-        return made
-
-    token = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
-    inputs = {"input_ids": token, "attention_mask": token + 1}
-    if takes_positions:
-        inputs["position_ids"] = torch.arange(2, device=token.device).unsqueeze(0)
-    hooks = [
-        network.base_model.register_forward_hook(of_body, with_kwargs=True),
-        head.register_forward_hook(of_head),
-    ]
-    try:
-        # Dropout may be on: nothing is to be drawn from the noise of the training.
-        with torch.random.fork_rng(devices=[token.device] if token.is_cuda else []), uncompiled():
-            logits = network(**inputs, use_cache=False).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    # A network may call parts of its body in its place (OPT).
-    if not {"given", "read"} <= seen.keys():
-        return False
-    is_given = all(id(x) in seen["given"] for x in inputs.values())
-    return is_given and torch.equal(logits, made) and torch.equal(seen["read"], seen["states"])

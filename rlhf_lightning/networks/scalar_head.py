@@ -1,14 +1,15 @@
 """The linear map from the last hidden state to one number."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.dtensors import laid_out_as
+from rlhf_lightning.functional.masking import last_index
 
 HeadInit = Literal["unit", "small"]
 """How the weights of a new head are drawn; see `init_scalar_head`."""
@@ -25,6 +26,14 @@ def scalar_head(reward_model: nn.Module) -> nn.Linear:
             "linear layers with one output"
         )
     return heads[0]
+
+
+def scored_tokens(
+    reward_model: nn.Module, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]
+) -> Int[Tensor, " B"]:
+    """Return where `transformers` reads a score: at the last token whose id is not that of padding in the config."""
+    model: Any = reward_model
+    return last_index(attention_mask & (tokens != model.config.get_text_config().pad_token_id))
 
 
 @torch.no_grad()

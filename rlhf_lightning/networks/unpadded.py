@@ -44,7 +44,7 @@ def last_states(
     On a CPU, where it is faster, the real tokens alone are read if the network attends by sequence; their positions are
     counted from 0 then. ``position_ids`` are what it is told otherwise.
     """
-    if _leaves_padding_out(body, attention_mask):
+    if leaves_padding_out(body, attention_mask):
         found = _without_padding(body, tokens, attention_mask)
         if found is not None:
             return found
@@ -93,10 +93,11 @@ def one_row(lengths: Int[Tensor, " B"]) -> "Sequences":
     )
 
 
-def _leaves_padding_out(body: nn.Module, attention_mask: Tensor) -> bool:
-    on_cpu = next(body.parameters()).device.type == "cpu"
+def leaves_padding_out(network: nn.Module, attention_mask: Bool[Tensor, "B T"]) -> bool:
+    """Return whether `last_states` reads the real tokens alone, by a network or its body."""
+    on_cpu = next(network.parameters()).device.type == "cpu"
     if _padding_is_read.get() or not on_cpu or bool(attention_mask.all()):
         return False
     from rlhf_lightning.networks.by_sequence import attends_by_sequence
 
-    return attends_by_sequence(body)
+    return attends_by_sequence(network)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlhf_lightning.functional.masking import position_ids
 from rlhf_lightning.networks.attending import sees_all
 from rlhf_lightning.networks.embeddings import embeddings_and_heads
-from rlhf_lightning.networks.predictions import plain_head
+from rlhf_lightning.networks.plain_head import plain_head, plain_scalar_head
 from rlhf_lightning.networks.sharding import is_sharded
 from rlhf_lightning.preflight.allocations import PhaseMemory, allocated
 from rlhf_lightning.preflight.memory import ADAMW_STATES, Estimate, RoleMemory, role_memory
@@ -148,6 +148,9 @@ def supervised_memory(run: Supervised, batch: SFTBatch | ComparisonBatch) -> Est
         update = allocated(update_once, run.modules(), device, vocabulary=vocabulary, gradients=True)
         return {"updating": update, **stepping(roles, device, optimizer=run.optimizer)}
 
+    if isinstance(batch, ComparisonBatch):
+        # What a score is made of, is seen from numbers, too.
+        plain_scalar_head(run.network)
     return _estimate(roles, [run.network], work)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks.loading import NetworkConfig, load_reward_model, load_tokenizer, max_positions
 from rlhf_lightning.networks.scalar_head import scalar_head
+from rlhf_lightning.networks.scores import sequence_scores
 from rlhf_lightning.types import PromptBatch, RewardFunction, Rollout
 
 if TYPE_CHECKING:
@@ -170,8 +171,7 @@ class ModelReward(Reward):
         width = int(mask.sum(dim=1).max())
         tokens = tokens.masked_fill(~mask, padding)[:, :width]
         with _pad_token_id(network.config.get_text_config(), padding):
-            logits: Tensor = network(input_ids=tokens, attention_mask=mask[:, :width].long()).logits
-        return logits.squeeze(-1).float()
+            return sequence_scores(network, tokens, mask[:, :width])
 
     def _sequences(self, rollout: Rollout) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
         """Return prompt and response in the classifier's tokens, padded on the right."""

@@ -255,17 +255,22 @@ def body_reads(module: RewardModule) -> list[tuple[int, ...]]:
     return shapes
 
 
+LOOK = (2, 3)
+"""What is read to find out whether the head is plain."""
+
+
 @pytest.mark.parametrize(
     ("attn_implementation", "settings", "shapes"),
     [
-        ("sdpa", {}, [(13, 13)]),
-        ("sdpa", {"packing": True}, [(1, 4), (2, 13), (1, 51)]),
-        ("sdpa", {"packing": True, "share_prompts": True}, [(1, 43), (13, 13), (1, 43)]),
-        ("eager", {"packing": True}, [(1, 4), (2, 13), (6, 10)]),
-        ("eager", {"packing": True, "share_prompts": True}, [(4, 12), (13, 13), (4, 12)]),
+        ("sdpa", {}, [LOOK, (1, 51), (1, 51)]),
+        ("sdpa", {"packing": True}, [(1, 4), (2, 13), (1, 51), LOOK, (1, 51)]),
+        ("sdpa", {"packing": True, "share_prompts": True}, [(1, 43), (13, 13), (1, 43), LOOK, (1, 51)]),
+        ("eager", {}, [(13, 13), (13, 13)]),
+        ("eager", {"packing": True}, [(1, 4), (2, 13), (6, 10), (13, 13)]),
+        ("eager", {"packing": True, "share_prompts": True}, [(4, 12), (13, 13), (4, 12), (13, 13)]),
     ],
 )
-def test_packing_reads_fewer_rows_in_training_and_leaves_validation_as_it_is(
+def test_training_reads_rows_where_they_are_asked_for_and_validation_no_padding_where_it_can_be_left_out(
     attn_implementation: str,
     settings: dict[str, Any],
     shapes: list[tuple[int, ...]],
@@ -276,7 +281,7 @@ def test_packing_reads_fewer_rows_in_training_and_leaves_validation_as_it_is(
     module.reward_model.config._attn_implementation = attn_implementation
     read = body_reads(module)
     fit(module, [batch(UNEVEN, pads=3)], val=[batch(UNEVEN, pads=3)], max_steps=1)
-    assert read == [*shapes, (13, 13)]
+    assert read == shapes
 
 
 def test_attention_that_takes_lengths_reads_a_batch_in_one_row(
@@ -422,6 +427,30 @@ def test_after_training_the_best_responses_of_the_training_data_average_0(
         with torch.no_grad():
             chosen = torch.cat([module(b.tokens, b.attention_mask)[b.ranks == 0] for b in data])
         assert (abs(chosen.mean().item()) < 1e-3) is shift_scores
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_the_best_of_several_batches_are_read_at_once_for_the_same_shift(
+    attn_implementation: str,
+    make: Callable[..., RewardModule],
+    fit: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Their best responses are of different number and length.
+    data = [batch(separable(2, seed), pads=seed) for seed in range(8)] + [batch(MIXED, ranks=TIED_RANKS), batch(UNEVEN)]
+    heads, reads = [], []
+    for at_once in (8, 1):
+        monkeypatch.setattr("rlhf_lightning.modules.reward.BATCHES_AT_ONCE", at_once)
+        module = make()
+        module.reward_model.config._attn_implementation = attn_implementation
+        read = body_reads(module)
+        fit(module, data, max_epochs=1)
+        heads.append(scalar_head(module.reward_model).weight)
+        reads.append(read)
+    # 16 of 8 tokens each, and 10 of 3 to 10 tokens.
+    assert reads[0][-2:] == [(16, 8), (1, 42) if attn_implementation == "sdpa" else (10, 10)]
+    assert len(reads[1]) == len(reads[0]) + 10 - 2
+    torch.testing.assert_close(*heads)
 
 
 def test_the_exported_folder_gives_the_modules_scores_in_transformers_alone(

@@ -16,7 +16,7 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.networks import LoRA, NetworkConfig, load_policy, load_reward_model, load_tokenizer, save_pretrained
 from rlhf_lightning.networks.lora import adapter_weights, has_adapter
-from rlhf_lightning.networks.predictions import plain_head
+from rlhf_lightning.networks.plain_head import plain_head
 from rlhf_lightning.networks.quantizing import dequantized, is_quantized_layer
 from rlhf_lightning.preflight.phases import ppo_memory
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, SFTBatch

@@ -8,12 +8,18 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -48,6 +54,12 @@ CLASSIFIERS = {
     "llama": (LlamaConfig, LLAMA, LlamaForSequenceClassification),
     "gpt2": (GPT2Config, GPT2, GPT2ForSequenceClassification),
 }
+OTHER_FAMILIES = {
+    "gemma": (Gemma2Config, {**LLAMA, "num_key_value_heads": 2, "head_dim": 8}, Gemma2ForCausalLM),
+    "cohere": (CohereConfig, LLAMA, CohereForCausalLM),
+    # It calls parts of its body in its place.
+    "opt": (OPTConfig, {**LLAMA, "ffn_dim": 32, "word_embed_proj_dim": 16, "init_std": 0.3}, OPTForCausalLM),
+}
 
 
 def build(config_class: Any, settings: dict[str, Any], model_class: Any, seed: int = 0, **more: Any) -> Any:
@@ -65,6 +77,12 @@ def policy() -> Callable[..., Any]:
 def classifier() -> Callable[..., Any]:
     """A reward model: the same with one label in place of the vocabulary."""
     return lambda kind="llama", **settings: build(*CLASSIFIERS[kind], **{"num_labels": 1, **settings})
+
+
+@pytest.fixture
+def other_family() -> Callable[..., Any]:
+    """``other_family("gemma", "cohere" or "opt", **settings of the config)``: logits may be more than a layer's."""
+    return lambda kind, **settings: build(*OTHER_FAMILIES[kind], **settings)
 
 
 def byte_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:

@@ -11,7 +11,7 @@ from rlhf_lightning.modules import PPOModule
 from rlhf_lightning.networks import LoRA, NetworkConfig, load_policy, load_reward_model
 from rlhf_lightning.networks import compiling as own
 from rlhf_lightning.networks.compiling import compile_body, is_compiled, uncompiled
-from rlhf_lightning.networks.predictions import plain_head
+from rlhf_lightning.networks.plain_head import plain_head
 
 TOKENS = torch.randint(2, 258, (4, 24), generator=torch.Generator().manual_seed(0))
 

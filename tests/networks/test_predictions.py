@@ -6,50 +6,15 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
 
 from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
 from rlhf_lightning.functional.masking import position_ids
-from rlhf_lightning.networks.predictions import plain_head, predictions
+from rlhf_lightning.networks.plain_head import plain_head
+from rlhf_lightning.networks.predictions import predictions
 
 TOKENS = torch.tensor([[5, 9, 7, 30, 2, 11], [8, 4, 3, 6, 0, 0], [40, 41, 42, 1, 0, 0]])
 MASK = TOKENS != 0
 COUNTED = torch.tensor([[0, 0, 1, 0, 1, 1], [0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0]]).bool()
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-}
-
-
-def gemma(**settings: Any) -> Any:
-    torch.manual_seed(0)
-    return Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, **settings)).eval()
-
-
-def cohere() -> Any:
-    torch.manual_seed(0)
-    return CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)).eval()
-
-
-def opt() -> Any:
-    """A network that calls parts of its body in its place, so that nothing is seen of the body's call."""
-    torch.manual_seed(0)
-    settings = {"vocab_size": 64, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2}
-    return OPTForCausalLM(OPTConfig(**settings, num_attention_heads=2, init_std=0.3)).eval()
 
 
 def whole(network: Any, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,15 +34,15 @@ def gradients(network: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.fixture(
     params=["llama", "tied llama", "gpt2", "gemma with a cap", "cohere with a scale", "opt", "adapter in the head"]
 )
-def network(request: pytest.FixtureRequest, policy: Callable[..., Any]) -> Any:
+def network(request: pytest.FixtureRequest, policy: Callable[..., Any], other_family: Callable[..., Any]) -> Any:
     kind = request.param
     if kind == "adapter in the head":
         model = policy()
         return inject_adapter_in_model(LoraConfig(target_modules=["lm_head", "q_proj"], init_lora_weights=False), model)
     made = {
-        "gemma with a cap": lambda: gemma(final_logit_softcapping=3.0),
-        "cohere with a scale": cohere,
-        "opt": opt,
+        "gemma with a cap": lambda: other_family("gemma", final_logit_softcapping=3.0),
+        "cohere with a scale": lambda: other_family("cohere", logit_scale=0.25),
+        "opt": lambda: other_family("opt"),
     }
     return made[kind]() if kind in made else policy(kind.split()[-1], tie_word_embeddings="tied" in kind)
 
@@ -106,24 +71,6 @@ def test_logits_are_those_that_predict_the_counted_tokens(network: Any) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_a_plain_layer_is_found_and_all_others_are_not(policy: Callable[..., Any]) -> None:
-    for plain in (policy(), policy("gpt2"), policy(tie_word_embeddings=True), gemma(final_logit_softcapping=None)):
-        assert plain_head(plain) is plain.lm_head
-    for other in (gemma(final_logit_softcapping=3.0), gemma(final_logit_softcapping=1e4), cohere(), opt()):
-        assert plain_head(other) is None
-
-
-class IgnoresPositions(LlamaForCausalLM):
-    def forward(self, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs)
-
-
-def test_a_network_that_changes_what_its_body_reads_is_not_plain(policy: Callable[..., Any]) -> None:
-    network = IgnoresPositions(policy().config)
-    assert plain_head(network, takes_positions=True) is None
-    assert plain_head(network, takes_positions=False) is network.lm_head
-
-
 @pytest.mark.parametrize("part", ["", "lm_head"])
 def test_who_waits_for_a_call_gets_it(part: str, policy: Callable[..., Any]) -> None:
     network, calls = policy(), []
@@ -148,15 +95,6 @@ def test_a_network_that_is_no_transformer_of_the_library_is_called_as_it_is(poli
     found = predictions(network, TOKENS, MASK, COUNTED)
     assert found.states is None
     torch.testing.assert_close(found.logprobs(), predictions(network.inner, TOKENS, MASK, COUNTED).logprobs())
-
-
-def test_the_look_at_a_network_is_taken_once_and_draws_no_noise(policy: Callable[..., Any]) -> None:
-    network, calls = policy("gpt2", resid_pdrop=0.5).train(), []
-    network.base_model.register_forward_hook(lambda *_: calls.append(1))
-    before = torch.get_rng_state()
-    assert plain_head(network) is plain_head(network) is network.lm_head
-    assert torch.equal(torch.get_rng_state(), before)
-    assert calls == [1]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -1,0 +1,50 @@
+"""What a reward model says of whole sequences.
+
+On a CPU its body reads no padding where that can be left out (`unpadded`), and its head one state of each sequence. All
+others are called as they are: encoders such as BERT, networks that lie in parts on several processes, and on a GPU all.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from rlhf_lightning.networks.plain_head import plain_scalar_head
+from rlhf_lightning.networks.scalar_head import scored_tokens
+from rlhf_lightning.networks.unpadded import last_states, leaves_padding_out
+
+
+def sequence_scores(
+    reward_model: nn.Module, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, " B"]:
+    """Return the score at the last real token of sequences padded on the right, in float32."""
+    apart = _read_apart(reward_model, tokens, attention_mask)
+    if apart is not None:
+        return apart[0]
+    network: Any = reward_model
+    logits: Tensor = network(input_ids=tokens, attention_mask=attention_mask.long(), use_cache=False).logits
+    return logits.squeeze(-1).float()
+
+
+def scores_and_states(
+    reward_model: nn.Module, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]
+) -> tuple[Float[Tensor, " B"], Float[Tensor, "B T H"]]:
+    """Return `sequence_scores`, and the last hidden states; those of padding mean nothing."""
+    apart = _read_apart(reward_model, tokens, attention_mask)
+    if apart is not None:
+        return apart
+    network: Any = reward_model
+    output = network(input_ids=tokens, attention_mask=attention_mask.long(), use_cache=False, output_hidden_states=True)
+    return output.logits.squeeze(-1).float(), output.hidden_states[-1]
+
+
+def _read_apart(reward_model: Any, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return scores and states, found by body and head one after the other; None where that spares no padding."""
+    head = plain_scalar_head(reward_model) if leaves_padding_out(reward_model, attention_mask) else None
+    if head is None:
+        return None
+    states = last_states(reward_model.base_model, tokens, attention_mask)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    ends = states[rows, scored_tokens(reward_model, tokens, attention_mask)]
+    return head(ends).squeeze(-1).float(), states
