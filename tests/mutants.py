@@ -327,6 +327,22 @@ MUTANTS = (
         22,
     ),
     Mutant(
+        "a score without padding is that of the token before the last",
+        "rlhf_lightning/networks/scores.py",
+        "scored_tokens(reward_model, tokens, attention_mask)]",
+        "scored_tokens(reward_model, tokens, attention_mask) - 1]",
+        ("tests/networks/test_scores.py",),
+        22,
+    ),
+    Mutant(
+        "a head behind another layer is taken for all that follows",
+        "rlhf_lightning/networks/plain_head.py",
+        ' and torch.equal(seen["read"], states)\n',
+        "\n",
+        ("tests/networks/test_plain_head.py",),
+        22,
+    ),
+    Mutant(
         "the score comes at the first token",
         FUNCTIONAL + "rewards.py",
         "return rewards.scatter_add(1, last_index(states).unsqueeze(1), scores",
@@ -364,6 +380,14 @@ MUTANTS = (
         'taken_off = 0.0 if self.normalize_scores == "scale" else seen.mean',
         "taken_off = seen.mean",
         ("tests/rollout/test_shaping.py",),
+        24,
+    ),
+    Mutant(
+        "demonstrations and those ranked next score 0",
+        "rlhf_lightning/modules/reward.py",
+        "                if rank == 0\n",
+        "                if rank <= 1\n",
+        ("tests/modules/test_reward.py::test_after_training_the_best_responses_of_the_training_data_average_0",),
         24,
     ),
     Mutant(

@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rlhf_lightning.cli.build import build, build_all
 from rlhf_lightning.cli.checks import check, plain, target, target_nodes
 from rlhf_lightning.cli.main import VERBS
+from rlhf_lightning.modules.language import idle_settings
+from rlhf_lightning.modules.ppo_checks import without_effect
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -98,6 +100,18 @@ def test_every_experiment_composes_by_its_own_command_and_instantiates(experimen
         settings = plain(config)
         check(settings, known=list(config))
         assert all(thing is not None for thing in build_everything(settings))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_no_experiment_sets_what_does_nothing(experiment: str, filled: list[str]) -> None:
+    verb, *overrides = command(experiment)
+    config = compose(verb, *overrides, *(filled if verb == "train" else []))
+    looks = {"SFTModule": idle_settings, "RewardModule": idle_settings, "PPOModule": without_effect}
+    stages = [node for _, node in target_nodes(plain(config)["module"], "module")]
+    constructors = [target("module", node["_target_"]) for node in stages]
+    idle = [looks[c.__name__](n, c) for n, c in zip(stages, constructors, strict=True) if c.__name__ in looks]
+    assert idle
+    assert not any(idle)
 
 
 def test_data_follow_the_module_unless_they_are_chosen(filled: list[str]) -> None:

@@ -3,8 +3,9 @@
 import logging
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
@@ -38,7 +39,8 @@ from rlhf_lightning.networks.embeddings import embeddings_and_heads
 from rlhf_lightning.networks.packing import Packed, reading
 from rlhf_lightning.networks.predictions import Predictions, predictions
 from rlhf_lightning.networks.sharding import shard
-from rlhf_lightning.preflight import check_rounding
+from rlhf_lightning.preflight import check_rounding, of_status
+from rlhf_lightning.preflight.effect import check_effect
 from rlhf_lightning.preflight.out_of_memory import naming_phase
 from rlhf_lightning.preflight.phases import supervised_memory
 from rlhf_lightning.rollout.reward import same_tokenizer
@@ -61,6 +63,9 @@ class LanguageModule(LightningModule):
     learning_rate: float
 
     optimizer: OptimizerName
+
+    without_effect: list[str]
+    """What was set for nothing, since other settings turn it off."""
 
     shares_backbone = False
     """Whether several networks hold the same weights."""
@@ -135,10 +140,11 @@ class LanguageModule(LightningModule):
                 shard(network, mesh)
 
     def on_train_start(self) -> None:
-        """Warn where weights are too coarse for the steps; PPO's preflight says it together with all else."""
-        rounding = check_rounding({self.network: self.learning_rate})
-        if self.automatic_optimization and rounding.status == "warning" and self.trainer.is_global_zero:
-            log.warning("%s", rounding)
+        """Warn of weights too coarse for the steps and of idle settings; PPO's preflight says it with all else."""
+        findings = [check_rounding({self.network: self.learning_rate}), check_effect(self.without_effect)]
+        if self.automatic_optimization and self.trainer.is_global_zero:
+            for finding in of_status(findings, "warning"):
+                log.warning("%s", finding)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Look at the batch, and note it for the next update, which may be made from several."""
@@ -398,6 +404,25 @@ def check_optimization(
     check_number("warmup_from", warmup_from)
     if not 0 <= warmup_from < 1:
         raise InputError(f"warmup_from={warmup_from} must lie in [0, 1)")
+
+
+def idle_settings(
+    settings: Mapping[str, Any], constructor: Callable[..., Any], **counts_with: tuple[str, bool]
+) -> list[str]:
+    """Return what is not as the constructor has it, and for nothing, since other settings turn it off.
+
+    ``counts_with`` says of a setting what it counts with, and whether that is so; of the schedule's it is known.
+    """
+    defaults = signature(constructor).parameters
+    counts_with |= {
+        "lr_floor": ("lr_schedule=linear or cosine", settings["lr_schedule"] != "constant"),
+        "warmup_from": ("warmup_steps above 0", settings["warmup_steps"] > 0),
+    }
+    return [
+        f"{name}={settings[name]} counts only with {what}"
+        for name, (what, counts) in counts_with.items()
+        if not counts and settings[name] != defaults[name].default
+    ]
 
 
 def adamw(

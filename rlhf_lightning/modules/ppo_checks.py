@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,6 +10,7 @@ from lightning import LightningDataModule
 from rlhf_lightning.errors import InputError, check_number, check_seed
 from rlhf_lightning.functional.schedules import Schedule
 from rlhf_lightning.modules.hardware import OptimizerName
+from rlhf_lightning.modules.language import idle_settings
 from rlhf_lightning.modules.sharding import Gathering
 from rlhf_lightning.networks import NetworkConfig
 from rlhf_lightning.rollout.experience import Baseline, Estimator, Placement
@@ -78,23 +78,16 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def without_effect(settings: Mapping[str, Any], constructor: Callable[..., Any]) -> list[str]:
-    """Return what is not as the constructor has it, and for nothing, since other settings turn it off."""
-    defaults = signature(constructor).parameters
+    """Return what PPO's settings turn off, as `idle_settings` does."""
     gae_alone = ("critic", "gamma", "lam", "value_coef", "value_clip_range", "critic_learning_rate")
     counts_with = dict.fromkeys(gae_alone, ("advantage=gae", settings["advantage"] == "gae")) | {
         "baseline": ("advantage=reinforce", settings["advantage"] == "reinforce"),
         "clip_range": ("an advantage other than reinforce", settings["advantage"] != "reinforce"),
         "adaptive_kl_horizon": ("adaptive_kl_target", settings["adaptive_kl_target"] is not None),
         "kl_penalty": ("beta above 0", settings["beta"] > 0),
-        "lr_floor": ("lr_schedule=linear or cosine", settings["lr_schedule"] != "constant"),
         "missing_eos_penalty": ("missing_eos=replace or subtract", settings["missing_eos"] != "mask"),
-        "warmup_from": ("warmup_steps above 0", settings["warmup_steps"] > 0),
     }
-    return [
-        f"{name}={settings[name]} counts only with {what}"
-        for name, (what, counts) in counts_with.items()
-        if not counts and settings[name] != defaults[name].default
-    ]
+    return idle_settings(settings, constructor, **counts_with)
 
 
 def nearest_divisors(number: int, wanted: int) -> list[int]:

@@ -25,6 +25,7 @@ from rlhf_lightning.modules.language import (
     LanguageModule,
     adamw_with_schedule,
     check_optimization,
+    idle_settings,
     without_dropout_on_purpose,
 )
 from rlhf_lightning.modules.sharding import callable_outside_of_steps, shards_weights, writable
@@ -126,6 +127,7 @@ class RewardModule(LanguageModule):
             if not 0 <= value < math.inf:
                 raise InputError(f"{name}={value} must not be negative, and finite")
         super().__init__(model, tokenizer, max_bad_updates=max_bad_updates)
+        self.without_effect = idle_settings(locals(), RewardModule)
         # Without dropout: the scores that are compared belong to one function (Huang et al. 2024).
         generator = torch.Generator().manual_seed(seed)
         self.reward_model = load_reward_model(model, generator=generator, head_init=head_init).eval()

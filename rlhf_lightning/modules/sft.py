@@ -17,6 +17,7 @@ from rlhf_lightning.modules.language import (
     LanguageModule,
     adamw_with_schedule,
     check_optimization,
+    idle_settings,
     sft_predictions,
 )
 from rlhf_lightning.networks import Model, load_policy, stop_token_ids
@@ -77,6 +78,7 @@ class SFTModule(LanguageModule):
         if dropout is not None and not 0 <= dropout < 1:
             raise InputError(f"dropout={dropout} must lie in [0, 1), or be None for the network's own")
         super().__init__(model, tokenizer, max_bad_updates=max_bad_updates)
+        self.without_effect = idle_settings(locals(), SFTModule)
         # from_pretrained returns a network in evaluation mode, which Lightning keeps: its dropout would stay off.
         self.policy = load_policy(model).train()
         if dropout is not None:

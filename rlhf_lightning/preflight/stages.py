@@ -43,6 +43,7 @@ class Run(Protocol):
     """A LightningModule around one trained network."""
 
     learning_rate: float
+    without_effect: list[str]
 
     @property
     def network(self) -> nn.Module:
@@ -86,7 +87,6 @@ class PPORun(Stopping, PPONetworks, Protocol):
 
     critic_learning_rate: float
     target_kl: float | None
-    without_effect: list[str]
     samples_per_prompt: int
     ppo_epochs: int
 
@@ -121,6 +121,7 @@ def check_sft(
         return [
             *_check_tokenizer(run.required_tokenizer, _texts(run, batch), conversation, found_by_id=False),
             check_end_token(ends.tokens, ends.attention_mask, ends.loss_mask, stop_tokens=run.stop_token_ids),
+            check_effect(run.without_effect),
             check_rounding({run.network: run.learning_rate}),
             check_supervised_memory(run, batch),
         ]
@@ -147,7 +148,7 @@ def check_reward(
                 max_positions=run.max_positions,
             ),
             check_spread(scores, texts, batch.prompt_index.tolist(), model=True),
-            check_effect(_idle_margin(run, batch)),
+            check_effect([*run.without_effect, *_idle_margin(run, batch)]),
             check_rounding({run.network: run.learning_rate}),
             check_supervised_memory(run, batch),
         ]

@@ -1,3 +1,4 @@
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,36 @@ def test_ppo_names_the_phase_in_which_memory_runs_out(
         InputError, match=rf"(?s)out of memory while {phase}.*critic: weights.*{phase}: [^\n]*beside them.*{helps}"
     ):
         fit(module, [prompts], max_steps=1)
+
+
+# Settings that do nothing -----------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lr_schedule": "constant", "lr_floor": 0.5}, ["lr_floor=0.5 counts only with lr_schedule=linear or cosine"]),
+        ({"warmup_from": 0.1}, ["warmup_from=0.1 counts only with warmup_steps above 0"]),
+        ({"lr_schedule": "linear", "lr_floor": 0.5, "warmup_from": 0.1, "warmup_steps": 2}, []),
+        ({"lr_schedule": "constant"}, []),
+    ],
+)
+def test_what_the_schedule_does_not_use_is_named_when_training_starts(
+    stage: str,
+    settings: dict[str, Any],
+    said: list[str],
+    policy: Callable[..., Any],
+    tokenizer: Any,
+    trainer: Callable[..., Trainer],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    module, data = made(stage, policy(), tokenizer, **settings)
+    assert module.without_effect == said
+    with caplog.at_level(logging.WARNING, logger="rlhf_lightning"):
+        trainer(max_steps=1).fit(module, datamodule=data)
+    found = [r.getMessage() for r in caplog.records if r.getMessage().startswith("settings without effect: ")]
+    assert [message.split(": ")[1].split(" -> ")[0] for message in found] == said
 
 
 # What does not belong together -----------------------------------------------

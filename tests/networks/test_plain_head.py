@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -131,6 +132,20 @@ def test_nothing_is_taken_apart_whose_call_somebody_waits_for_or_that_knows_no_p
     assert plain_scalar_head(network) is network.score
     assert plain_scalar_head(classifier(pad_token_id=None)) is None
     assert plain_scalar_head(nn.Linear(2, 1)) is None
+
+
+def test_nothing_is_taken_apart_whose_layers_gather_their_weights_when_they_are_called(
+    policy: Callable[..., Any], classifier: Callable[..., Any], processes: Callable[..., list[Any]]
+) -> None:
+    def work(rank: int) -> list[Any]:
+        distributed.init_process_group("gloo")
+        networks = [policy(), classifier()]
+        for network in networks:
+            layers = network.model.layers
+            layers[0] = FullyShardedDataParallel(layers[0], device_id=torch.device("cpu"))
+        return [plain_head(networks[0]), plain_scalar_head(networks[1])]
+
+    assert processes(2, work) == [[None, None]] * 2
 
 
 def test_a_head_of_another_kind_is_not_plain(classifier: Callable[..., Any]) -> None:

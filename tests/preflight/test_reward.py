@@ -352,13 +352,17 @@ def test_the_cost_of_a_rollout_is_that_of_its_size() -> None:
     assert check_cost(seconds=0.1, responses=8, rollout_size=64, sampling_seconds=0.1).status == "ok"
 
 
-def test_a_margin_that_no_row_has_is_a_warning(
+def test_a_margin_that_no_row_has_and_a_warm_up_that_is_none_are_a_warning(
     classifier: Callable[..., Any], comparisons: ComparisonBatch, tokenizer: Any, faults: Callable[..., Any]
 ) -> None:
-    module = RewardModule(classifier(), tokenizer=tokenizer, margin_coef=0.5)
-    assert (
-        "margin_coef=0.5 counts only with rows"
-        in faults(check_reward(module, comparisons))["settings without effect"].measured
-    )
     rated = replace(comparisons, ratings=torch.tensor([1.0, 0.0, 1.0, 0.0]))
-    assert "settings without effect" not in faults(check_reward(module, rated))
+    margin, both = ({"margin_coef": 0.5, "warmup_from": start} for start in (0.0, 0.1))
+
+    def measured(batch: ComparisonBatch, settings: dict[str, Any]) -> str:
+        found = faults(check_reward(RewardModule(classifier(), tokenizer=tokenizer, **settings), batch))
+        return found["settings without effect"].measured if found else ""
+
+    assert measured(comparisons, margin).startswith("margin_coef=0.5 counts only with rows")
+    assert measured(rated, margin) == ""
+    assert measured(rated, both) == "warmup_from=0.1 counts only with warmup_steps above 0"
+    assert len(measured(comparisons, both).split("; ")) == 2

@@ -243,6 +243,16 @@ def test_demonstrations_without_a_learnt_end_are_named_before_fine_tuning(
     assert module.policy.training
 
 
+def test_a_warm_up_that_is_none_is_named_before_fine_tuning(
+    llama: Callable[..., Any], tokenizer: Any, faults: Faults
+) -> None:
+    module = SFTModule(llama(), tokenizer=tokenizer, warmup_from=0.1)
+    tokens = torch.tensor([[50, 51, 52, 1]])
+    batch = SFTBatch(tokens, tokens > 0, torch.arange(4).unsqueeze(0) > 0)
+    found = faults(check_sft(module, batch, batch))
+    assert "warmup_from=0.1 counts only with warmup_steps above 0" in found["settings without effect"].measured
+
+
 def test_settings_that_do_nothing_are_a_warning_with_what_they_would_count_with(
     make: Make, prompts: PromptBatch, faults: Faults
 ) -> None:

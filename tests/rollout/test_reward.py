@@ -7,6 +7,7 @@ import torch
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks import NetworkConfig, save_pretrained
+from rlhf_lightning.networks.unpadded import reading_padding
 from rlhf_lightning.rollout.reward import (
     Ensemble,
     FunctionReward,
@@ -138,6 +139,22 @@ def test_ids_outside_of_the_mask_cannot_change_a_score(
     noise = sequences.tokens.where(sequences.attention_mask, torch.tensor(99))
     other = Rollout(**{**vars(sequences), "tokens": noise})
     assert torch.equal(reward(other), reward(sequences))
+
+
+def test_no_padding_is_read_for_the_same_scores(
+    rollout: Callable[..., Rollout], classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    network, made = classifier(), rollout(PROMPTS, RESPONSES, left=2)
+    reward = ModelReward(network, tokenizer, tokenizer)
+    with reading_padding():
+        expected = reward(made)
+    reward(made)  # which looks at the network, once
+    read: list[int] = []
+    network.model.register_forward_pre_hook(
+        lambda _, __, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    torch.testing.assert_close(reward(made), expected)
+    assert read == [sum(len(row) for row in PROMPTS + RESPONSES)]
 
 
 @pytest.mark.parametrize("response", [[11, 0, 12], [11, 12, 0]], ids=["in the middle", "at the end"])
