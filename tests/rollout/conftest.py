@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf_lightning.rollout.generate import Sampled, sample_tokens
 from rlhf_lightning.types import PromptBatch, Rollout
 
 VOCABULARY = 258
@@ -92,6 +93,30 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """Another tokenizer object over the same bytes."""
     return byte_tokenizer
+
+
+@pytest.fixture
+def sampled() -> Callable[..., Sampled]:
+    """``sampled(policy, prompts, stops, **settings)``: 12 tokens at temperature 1 unless it is told otherwise."""
+
+    def run(policy: Any, batch: PromptBatch, stops: list[int], *, seed: int = 0, **settings: Any) -> Sampled:
+        device = policy.device
+        return sample_tokens(
+            policy,
+            batch.prompt_tokens.to(device),
+            batch.prompt_mask.to(device),
+            stop_tokens=torch.tensor(stops, dtype=torch.long, device=device),
+            generator=torch.Generator(device).manual_seed(seed),
+            **{"max_new_tokens": 12, "temperature": 1.0, **settings},
+        )
+
+    return run
+
+
+@pytest.fixture
+def sample(sampled: Callable[..., Sampled]) -> Callable[..., torch.Tensor]:
+    """The tokens of `sampled`."""
+    return lambda *args, **settings: sampled(*args, **settings).tokens
 
 
 def left_padded(rows: list[list[int]], width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,24 +6,13 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.rollout.generate import generate, sample_tokens
+from rlhf_lightning.rollout.generate import generate
 from rlhf_lightning.rollout.score import response_predictions, spread
 from rlhf_lightning.types import PromptBatch, SampledRollout
 
 KINDS = ["llama", "gpt2", "mistral"]
 """The last one sees four tokens back, so that its cache forgets: it is sampled from step by step."""
 NEVER: list[int] = []
-
-
-def sample(policy: Any, batch: PromptBatch, stops: list[int], *, seed: int = 0, **settings: Any) -> Tensor:
-    return sample_tokens(
-        policy,
-        batch.prompt_tokens,
-        batch.prompt_mask,
-        stop_tokens=torch.tensor(stops, dtype=torch.long),
-        generator=torch.Generator().manual_seed(seed),
-        **{"max_new_tokens": 12, "temperature": 1.0, **settings},
-    ).tokens
 
 
 def respond(policy: Any, batch: PromptBatch, tokenizer: Any, stops: list[int], **settings: Any) -> SampledRollout:
@@ -44,7 +33,7 @@ def seen_in(tokens: Tensor, count: int) -> list[int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_likeliest_tokens_are_those_of_transformers_generate(
-    kind: str, policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+    kind: str, policy: Callable[..., Any], prompts: Callable[..., PromptBatch], sample: Callable[..., Tensor]
 ) -> None:
     network, batch = policy(kind), prompts(pads=2)
     expected = network.generate(
@@ -62,7 +51,11 @@ def test_the_likeliest_tokens_are_those_of_transformers_generate(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_likeliest_tokens_with_ended_rows_are_those_of_transformers_generate(
-    kind: str, policy: Callable[..., Any], prompts: Callable[..., PromptBatch], tokenizer: Any
+    kind: str,
+    policy: Callable[..., Any],
+    prompts: Callable[..., PromptBatch],
+    tokenizer: Any,
+    sample: Callable[..., Tensor],
 ) -> None:
     network, batch = policy(kind), prompts()
     free = sample(network, batch, NEVER, temperature=0.0)
@@ -81,7 +74,11 @@ def test_the_likeliest_tokens_with_ended_rows_are_those_of_transformers_generate
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("sampler", ["builtin", "transformers"])
 def test_what_the_generation_config_of_the_network_says_of_sampling_changes_no_token(
-    sampler: str, temperature: float, policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+    sampler: str,
+    temperature: float,
+    policy: Callable[..., Any],
+    prompts: Callable[..., PromptBatch],
+    sample: Callable[..., Tensor],
 ) -> None:
     network = policy()
     settings = {"temperature": temperature, "sampler": sampler}
@@ -93,7 +90,7 @@ def test_what_the_generation_config_of_the_network_says_of_sampling_changes_no_t
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_tokens_are_drawn_from_the_softmax_of_the_logits_over_temperature(
-    temperature: float, policy: Callable[..., Any]
+    temperature: float, policy: Callable[..., Any], sample: Callable[..., Tensor]
 ) -> None:
     network, count = policy("llama", vocab_size=12), 6000
     prompt = torch.tensor([[5, 9, 7]])
@@ -111,7 +108,7 @@ def test_tokens_are_drawn_from_the_softmax_of_the_logits_over_temperature(
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_one_others(
-    policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+    policy: Callable[..., Any], prompts: Callable[..., PromptBatch], sample: Callable[..., Tensor]
 ) -> None:
     network, batch = policy(), prompts()
     first = sample(network, batch, NEVER, seed=7)
@@ -123,7 +120,11 @@ def test_the_same_seed_gives_the_same_tokens_and_another_one_others(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_padding_cannot_change_the_response(
-    kind: str, temperature: float, policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+    kind: str,
+    temperature: float,
+    policy: Callable[..., Any],
+    prompts: Callable[..., PromptBatch],
+    sample: Callable[..., Tensor],
 ) -> None:
     network = policy(kind)
     expected = sample(network, prompts(), NEVER, temperature=temperature)
@@ -132,7 +133,7 @@ def test_padding_cannot_change_the_response(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_other_prompts_of_the_batch_cannot_change_the_likeliest_response(
-    kind: str, policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+    kind: str, policy: Callable[..., Any], prompts: Callable[..., PromptBatch], sample: Callable[..., Tensor]
 ) -> None:
     network = policy(kind)
     together = sample(network, prompts(), NEVER, temperature=0.0)
@@ -142,7 +143,7 @@ def test_the_other_prompts_of_the_batch_cannot_change_the_likeliest_response(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_leaving_ended_rows_out_changes_nothing_for_the_others(
-    kind: str, policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+    kind: str, policy: Callable[..., Any], prompts: Callable[..., PromptBatch], sample: Callable[..., Tensor]
 ) -> None:
     network = policy(kind)
     batch = prompts([[5, 9, 7, 30, 2], [8, 4], [40, 41, 42], [77], [60, 61, 62, 63]])
@@ -159,7 +160,7 @@ def test_leaving_ended_rows_out_changes_nothing_for_the_others(
 
 
 def test_sampling_goes_on_only_until_every_row_has_ended(
-    policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+    policy: Callable[..., Any], prompts: Callable[..., PromptBatch], sample: Callable[..., Tensor]
 ) -> None:
     calls: list[int] = []
     network = policy()
@@ -170,7 +171,7 @@ def test_sampling_goes_on_only_until_every_row_has_ended(
 
 
 def test_the_network_runs_on_the_rows_that_have_not_ended(
-    policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+    policy: Callable[..., Any], prompts: Callable[..., PromptBatch], sample: Callable[..., Tensor]
 ) -> None:
     network, calls = policy(), []
     network.register_forward_pre_hook(lambda _, __, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
@@ -238,7 +239,12 @@ def test_the_text_of_a_response_has_neither_padding_nor_the_end_token(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probabilities_found_afterwards_are_those_of_the_sampler(
-    kind: str, temperature: float, policy: Callable[..., Any], prompts: Callable[..., PromptBatch], tokenizer: Any
+    kind: str,
+    temperature: float,
+    policy: Callable[..., Any],
+    prompts: Callable[..., PromptBatch],
+    tokenizer: Any,
+    sample: Callable[..., Tensor],
 ) -> None:
     """One forward over the whole sequence finds what step after step with a cache found."""
     network, batch = policy(kind), prompts(pads=1)
@@ -261,7 +267,7 @@ def test_the_likeliest_tokens_are_certain(
 
 
 def test_logits_that_are_not_finite_are_an_input_error(
-    policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+    policy: Callable[..., Any], prompts: Callable[..., PromptBatch], sample: Callable[..., Tensor]
 ) -> None:
     for kind in KINDS:
         network = policy(kind)
@@ -273,7 +279,7 @@ def test_logits_that_are_not_finite_are_an_input_error(
 
 @pytest.mark.parametrize("sampler", ["builtin", "transformers"])
 def test_sampling_is_without_dropout_and_leaves_the_mode_and_the_settings_of_the_network(
-    sampler: str, policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+    sampler: str, policy: Callable[..., Any], prompts: Callable[..., PromptBatch], sample: Callable[..., Tensor]
 ) -> None:
     network = policy("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
     expected = sample(network, prompts(), [0], sampler=sampler)

@@ -5,22 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_lightning.rollout.generate import sample_tokens
 from rlhf_lightning.types import PromptBatch
 
 MANY = [[5, 9, 7, 30, 2], [8, 4], [40, 41, 42], [77], [60, 61, 62, 63], [9, 9, 9], [12, 13], [8, 4], [91, 33, 21, 7]]
 NEVER: list[int] = []
-
-
-def sample(policy: Any, batch: PromptBatch, stops: list[int], **settings: Any) -> Tensor:
-    return sample_tokens(
-        policy,
-        batch.prompt_tokens,
-        batch.prompt_mask,
-        stop_tokens=torch.tensor(stops, dtype=torch.long),
-        generator=torch.Generator().manual_seed(0),
-        **{"max_new_tokens": 12, "temperature": 1.0, **settings},
-    ).tokens
 
 
 def seen_in(tokens: Tensor, count: int) -> list[int]:
@@ -36,6 +24,7 @@ def test_prompts_that_wait_for_a_slot_get_the_response_that_they_would_get_at_on
     policy: Callable[..., Any],
     prompts: Callable[..., PromptBatch],
     monkeypatch: pytest.MonkeyPatch,
+    sample: Callable[..., Tensor],
 ) -> None:
     network, batch = policy(kind), prompts(MANY, pads=2)
     stops = seen_in(sample(network, batch, NEVER, temperature=temperature), 6)
@@ -49,7 +38,10 @@ def test_prompts_that_wait_for_a_slot_get_the_response_that_they_would_get_at_on
 
 
 def test_no_more_rows_than_there_are_slots_run_at_once(
-    policy: Callable[..., Any], prompts: Callable[..., PromptBatch], monkeypatch: pytest.MonkeyPatch
+    policy: Callable[..., Any],
+    prompts: Callable[..., PromptBatch],
+    monkeypatch: pytest.MonkeyPatch,
+    sample: Callable[..., Tensor],
 ) -> None:
     network, calls = policy(), []
     monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", 4)
@@ -60,7 +52,7 @@ def test_no_more_rows_than_there_are_slots_run_at_once(
 
 
 def test_neighbouring_rows_with_one_prompt_share_its_reading(
-    policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+    policy: Callable[..., Any], prompts: Callable[..., PromptBatch], sample: Callable[..., Tensor]
 ) -> None:
     network, calls = policy(), []
     rows = [[8, 4], [8, 4], [8, 4], [40, 41, 42], [40, 41, 42], [4]]
@@ -71,7 +63,9 @@ def test_neighbouring_rows_with_one_prompt_share_its_reading(
     assert len(apart[:3].unique(dim=0)) == 3
 
 
-def test_the_noise_of_a_row_is_its_own(policy: Callable[..., Any], prompts: Callable[..., PromptBatch]) -> None:
+def test_the_noise_of_a_row_is_its_own(
+    policy: Callable[..., Any], prompts: Callable[..., PromptBatch], sample: Callable[..., Tensor]
+) -> None:
     """What others sample, and whether they have ended, cannot change a response."""
     network = policy()
     together = sample(network, prompts(MANY), NEVER)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_lightning.rollout.generate import sample_tokens
 from rlhf_lightning.rollout.recording import OneByOne, Recorder, recorder_of
 from rlhf_lightning.types import PromptBatch
 
@@ -18,16 +17,14 @@ on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), r
 MANY = [[5, 9, 7, 30, 2], [8, 4], [40, 41, 42], [77], [60, 61, 62, 63], [9, 9, 9], [12, 13], [8, 4], [91, 33, 21, 7]]
 
 
-def sample(network: Any, batch: PromptBatch, stops: list[int], device: str, **settings: Any) -> Tensor:
-    noise = {"temperature": 1.0, "max_new_tokens": 40, **settings}
-    return sample_tokens(
-        network.to(device),
-        batch.prompt_tokens.to(device),
-        batch.prompt_mask.to(device),
-        stop_tokens=torch.tensor(stops, dtype=torch.long, device=device),
-        generator=torch.Generator(device).manual_seed(3),
-        **noise,
-    ).tokens.cpu()
+@pytest.fixture
+def sample_on(sample: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``sample_on(device, network, prompts, stops, **settings)``: `sample` there, of longer responses."""
+
+    def run(device: str, network: Any, batch: PromptBatch, stops: list[int], **settings: Any) -> Tensor:
+        return sample(network.to(device), batch, stops, **{"seed": 3, "max_new_tokens": 40, **settings}).cpu()
+
+    return run
 
 
 def test_a_cpu_makes_each_step_when_it_is_asked_for(policy: Callable[..., Any]) -> None:
@@ -43,7 +40,11 @@ def test_slots_that_are_left_out_are_a_half_of_those_in_use_or_a_quarter() -> No
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_a_gpu)])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_greedy_responses_are_those_of_transformers_on_each_device(
-    kind: str, device: str, policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+    kind: str,
+    device: str,
+    policy: Callable[..., Any],
+    prompts: Callable[..., PromptBatch],
+    sample_on: Callable[..., Tensor],
 ) -> None:
     network, batch = policy(kind).double(), prompts(MANY)
     expected = network.generate(
@@ -56,7 +57,7 @@ def test_greedy_responses_are_those_of_transformers_on_each_device(
     )[:, 5:]
     # Twice: the second rollout plays what the first has recorded.
     for _ in range(2):
-        assert torch.equal(sample(network, batch, [], device, temperature=0.0), expected)
+        assert torch.equal(sample_on(device, network, batch, [], temperature=0.0), expected)
 
 
 @pytest.mark.gpu
@@ -71,29 +72,30 @@ class TestRecordings:
         policy: Callable[..., Any],
         prompts: Callable[..., PromptBatch],
         monkeypatch: pytest.MonkeyPatch,
+        sample_on: Callable[..., Tensor],
     ) -> None:
         network, batch = policy().double(), prompts(MANY)
-        stops = sample(network, batch, [], "cuda")[:, 3:20].flatten().unique()[:9].tolist()
-        expected = sample(network, batch, stops, "cuda")
+        stops = sample_on("cuda", network, batch, [])[:, 3:20].flatten().unique()[:9].tolist()
+        expected = sample_on("cuda", network, batch, stops)
         monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", slots)
         for _ in range(2):
-            assert torch.equal(sample(network, batch, stops, "cuda"), expected)
+            assert torch.equal(sample_on("cuda", network, batch, stops), expected)
 
     def test_recordings_are_used_again_and_see_new_weights(
-        self, policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+        self, policy: Callable[..., Any], prompts: Callable[..., PromptBatch], sample_on: Callable[..., Tensor]
     ) -> None:
         network, batch = policy().double().cuda(), prompts(MANY)
-        first = sample(network, batch, [], "cuda", temperature=0.0)
+        first = sample_on("cuda", network, batch, [], temperature=0.0)
         recorder: Any = recorder_of(network, torch.device("cuda"))
         recorded = dict(recorder._recordings)
         assert all(recorded.values())
         with torch.no_grad():
             for weight in network.parameters():
                 weight.add_(0.1 * torch.randn_like(weight))
-        second = sample(network, batch, [], "cuda", temperature=0.0)
+        second = sample_on("cuda", network, batch, [], temperature=0.0)
         assert recorder._recordings == recorded
         assert not torch.equal(first, second)
-        assert torch.equal(second, sample(policy().double().cuda(), batch, [], "cuda", temperature=0.0)) is False
+        assert torch.equal(second, sample_on("cuda", policy().double().cuda(), batch, [], temperature=0.0)) is False
         expected = network.generate(
             batch.prompt_tokens.cuda(),
             attention_mask=batch.prompt_mask.long().cuda(),
@@ -105,11 +107,11 @@ class TestRecordings:
         assert torch.equal(second, expected.cpu())
 
     def test_weights_that_have_moved_are_recorded_again(
-        self, policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+        self, policy: Callable[..., Any], prompts: Callable[..., PromptBatch], sample_on: Callable[..., Tensor]
     ) -> None:
         network, batch = policy().double().cuda(), prompts(MANY)
-        first = sample(network, batch, [], "cuda", temperature=0.0)
+        first = sample_on("cuda", network, batch, [], temperature=0.0)
         with torch.no_grad():
             for weight in network.parameters():
                 weight.data = (weight + 0.1 * torch.randn_like(weight)).clone()
-        assert not torch.equal(sample(network, batch, [], "cuda", temperature=0.0), first)
+        assert not torch.equal(sample_on("cuda", network, batch, [], temperature=0.0), first)

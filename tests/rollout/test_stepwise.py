@@ -10,22 +10,10 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks.sharding import gathered, shard
-from rlhf_lightning.rollout.generate import sample_tokens
 from rlhf_lightning.types import PromptBatch
 
 KINDS = ["llama", "gpt2", "mistral"]
 NEVER: list[int] = []
-
-
-def sample(policy: Any, batch: PromptBatch, stops: list[int], **settings: Any) -> Tensor:
-    return sample_tokens(
-        policy,
-        batch.prompt_tokens,
-        batch.prompt_mask,
-        stop_tokens=torch.tensor(stops, dtype=torch.long),
-        generator=torch.Generator().manual_seed(0),
-        **{"max_new_tokens": 12, "temperature": 1.0, **settings},
-    ).tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -37,6 +25,7 @@ def test_processes_with_parts_of_the_policy_sample_as_alone_however_long_the_oth
     prompts: Callable[..., PromptBatch],
     tokenizer: Any,
     processes: Callable[..., list[Any]],
+    sample: Callable[..., Tensor],
 ) -> None:
     batch = prompts(pads=2)
     free = sample(policy(kind), batch, NEVER)
@@ -60,7 +49,9 @@ def test_processes_with_parts_of_the_policy_sample_as_alone_however_long_the_oth
     assert [found.shape[1] for found, _ in ranks] == [1, 12]
 
 
-def test_a_network_without_a_cache_of_keys_and_values_is_refused(prompts: Callable[..., PromptBatch]) -> None:
+def test_a_network_without_a_cache_of_keys_and_values_is_refused(
+    prompts: Callable[..., PromptBatch], sample: Callable[..., Tensor]
+) -> None:
     network = MambaForCausalLM(MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=258))
     with pytest.raises(InputError, match=r"MambaForCausalLM keeps no past_key_values.*set sampler=transformers"):
         sample(network, prompts(), NEVER)
