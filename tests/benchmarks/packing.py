@@ -78,15 +78,17 @@ def rewards(config: LlamaConfig, count: int) -> dict[str, tuple[Any, list[Any]]]
     made = {
         name: RewardModule(LlamaForSequenceClassification(config), **settings)
         for name, settings in {
-            "padded": {},
+            "alone": {},
             "packed": {"packing": True},
             "shared prompts": {"share_prompts": True},
             "shared prompts, packed": {"share_prompts": True, "packing": True},
         }.items()
     }
     return {
-        "padded": (made["padded"], mixed),
-        "similar lengths": (made["padded"], similar),
+        f"{READ}mixed lengths": (made["alone"], mixed),
+        f"{READ}similar lengths": (made["alone"], similar),
+        "mixed lengths": (made["alone"], mixed),
+        "similar lengths": (made["alone"], similar),
         **{name: (made[name], mixed) for name in ("packed", "shared prompts", "shared prompts, packed")},
     }
 
