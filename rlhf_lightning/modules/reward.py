@@ -183,7 +183,7 @@ class RewardModule(LanguageModule):
 
     def forward(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
         """Return the score at the last real token of sequences padded on the right, in float32."""
-        return sequence_scores(self.reward_model, tokens, attention_mask)
+        return sequence_scores(self.reward_model, tokens, attention_mask, use_cache=False)
 
     def training_step(self, batch: ComparisonBatch, batch_idx: int) -> Tensor:
         """Return the mean over prompts of the mean loss over a prompt's pairs, and the next-token loss where asked.
@@ -255,7 +255,7 @@ class RewardModule(LanguageModule):
 
     def _read_alone(self, batch: ComparisonBatch) -> tuple[Float[Tensor, " B"], Float[Tensor, " N"]]:
         if not self.lm_coef:
-            found = sequence_scores(self.reward_model, batch.tokens, batch.attention_mask)
+            found = sequence_scores(self.reward_model, batch.tokens, batch.attention_mask, use_cache=False)
             return found, found.new_empty(0)
         found, states = scores_and_states(self.reward_model, batch.tokens, batch.attention_mask)
         return found, self._best_logprobs(states[batch.ranks == 0], batch)

@@ -38,7 +38,7 @@ def plain_head(network: nn.Module, *, takes_positions: bool = True) -> nn.Linear
             inputs["position_ids"] = torch.arange(2, device=token.device).unsqueeze(0)
         # Large, so that what caps or scales them shows.
         made = torch.linspace(-100, 100, 2 * head.out_features, device=token.device).view(1, 2, -1)
-        found[takes_positions] = _is_all(network, head, inputs, made=made, logits=made)
+        found[takes_positions] = _is_all(network, head, inputs, made=made, logits=made, use_cache=False)
     return head if found[takes_positions] else None
 
 
@@ -92,10 +92,12 @@ def _is_wrapped(network: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _is_all(network: Any, head: nn.Linear, inputs: dict[str, Tensor], *, made: Tensor, logits: Tensor) -> bool:
+def _is_all(
+    network: Any, head: nn.Linear, inputs: dict[str, Tensor], *, made: Tensor, logits: Tensor, **told: Any
+) -> bool:
     """Return whether body and layer are given what the network and the body make, and no more is made of the layer's.
 
-    Where the layer ``made`` numbers, the network must return those in ``logits``.
+    Where the layer ``made`` numbers, the network must return those in ``logits``; it is ``told`` more than its body.
     """
     seen: dict[str, Any] = {}
 
@@ -114,7 +116,7 @@ def _is_all(network: Any, head: nn.Linear, inputs: dict[str, Tensor], *, made: T
     try:
         # Dropout may be on: nothing is to be drawn from the noise of the training.
         with torch.random.fork_rng(devices=[made.device] if made.is_cuda else []), uncompiled():
-            found = network(**inputs, use_cache=False).logits
+            found = network(**inputs, **told).logits
     finally:
         for hook in hooks:
             hook.remove()

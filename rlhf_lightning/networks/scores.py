@@ -16,14 +16,17 @@ from rlhf_lightning.networks.unpadded import last_states, leaves_padding_out
 
 
 def sequence_scores(
-    reward_model: nn.Module, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]
+    reward_model: nn.Module, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], **told: Any
 ) -> Float[Tensor, " B"]:
-    """Return the score at the last real token of sequences padded on the right, in float32."""
+    """Return the score at the last real token of sequences padded on the right, in float32.
+
+    A network that is called as it is, is ``told`` more than tokens and mask.
+    """
     apart = _read_apart(reward_model, tokens, attention_mask)
     if apart is not None:
         return apart[0]
     network: Any = reward_model
-    logits: Tensor = network(input_ids=tokens, attention_mask=attention_mask.long(), use_cache=False).logits
+    logits: Tensor = network(input_ids=tokens, attention_mask=attention_mask.long(), **told).logits
     return logits.squeeze(-1).float()
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForSequenceClassification
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks import NetworkConfig, save_pretrained
@@ -155,6 +156,22 @@ def test_no_padding_is_read_for_the_same_scores(
     )
     torch.testing.assert_close(reward(made), expected)
     assert read == [sum(len(row) for row in PROMPTS + RESPONSES)]
+
+
+class TakesTokensAndMask(LlamaForSequenceClassification):
+    def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+        return super().forward(input_ids, attention_mask=attention_mask)
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_a_network_need_not_take_more_than_tokens_and_mask(
+    attn_implementation: str, sequences: Rollout, classifier: Callable[..., Any], tokenizer: Any
+) -> None:
+    network = classifier(attn_implementation=attn_implementation)
+    own = TakesTokensAndMask(network.config).eval()
+    own.load_state_dict(network.state_dict())
+    expected = ModelReward(network, tokenizer, tokenizer)(sequences)
+    torch.testing.assert_close(ModelReward(own, tokenizer, tokenizer)(sequences), expected)
 
 
 @pytest.mark.parametrize("response", [[11, 0, 12], [11, 12, 0]], ids=["in the middle", "at the end"])
