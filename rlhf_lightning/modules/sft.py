@@ -23,6 +23,7 @@ from rlhf_lightning.modules.language import (
 from rlhf_lightning.networks import Model, load_policy, stop_token_ids
 from rlhf_lightning.networks.flops import Flops, Reading, flops_of
 from rlhf_lightning.networks.packing import check_moved, largest_move, pack, pack_for, shortest_two
+from rlhf_lightning.networks.unpadded import reading_padding
 from rlhf_lightning.preflight.findings import untouched
 from rlhf_lightning.types import SFTBatch, Work
 
@@ -138,7 +139,10 @@ class SFTModule(LanguageModule):
         packed = pack(pair.tokens, pair.attention_mask, in_one_row=True)
         with untouched(self.policy.modules(), self.device):
             self.policy.eval()
-            alone, together = (sft_predictions(self.policy, pair, rows).logprobs() for rows in (None, packed))
+            # Without padding they would be read one behind the other this time, too.
+            with reading_padding():
+                alone = sft_predictions(self.policy, pair, None).logprobs()
+            together = sft_predictions(self.policy, pair, packed).logprobs()
             largest = largest_move(self.policy)
         check_moved("packing", "log-probabilities", (together - alone).abs().mean(), largest, self.policy)
 

@@ -271,8 +271,8 @@ def shapes_read(module: SFTModule) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(
     ("attn_implementation", "expected"),
     [
-        # Of padded sequences, too, it reads no padding.
-        ("sdpa", [(1, 7), (1, 7), (1, 15), (1, 15), (1, 15)]),
+        # Of padded sequences it reads no padding but in that look.
+        ("sdpa", [(2, 11), (1, 7), (1, 15), (1, 15), (1, 15)]),
         ("eager", [(2, 11), (1, 7), (2, 8), (2, 8), (3, 11)]),
     ],
 )
