@@ -233,8 +233,8 @@ MUTANTS = (
     Mutant(
         "temperature left out of the draw",
         ROLLOUT + "draw.py",
-        "logprobs = torch.log_softmax(at_least_float32(logits) / temperature, dim=-1)",
-        "logprobs = torch.log_softmax(at_least_float32(logits), dim=-1)",
+        "scaled if temperature == 1 else scaled / temperature",
+        "scaled",
         ("tests/rollout/test_draw.py", "tests/rollout/test_generate.py"),
         14,
     ),

@@ -32,13 +32,20 @@ def draw(
         tokens = logits.argmax(dim=-1)
         certain = torch.zeros_like(tokens, dtype=at_least_float32(logits[:0]).dtype)
         return tokens, certain, torch.ones((), dtype=torch.bool, device=logits.device)
-    logprobs = torch.log_softmax(at_least_float32(logits) / temperature, dim=-1)
-    blocks = nn.functional.pad(logprobs.exp(), (0, -logits.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    # Not `log_softmax`: each pass over all logits takes a good part of the time that a small network needs.
+    scaled = at_least_float32(logits)
+    scaled = scaled if temperature == 1 else scaled / temperature
+    largest = scaled.amax(dim=1, keepdim=True)
+    weights = (scaled - largest).exp_()
+    if filling := -logits.shape[1] % BLOCK:
+        weights = nn.functional.pad(weights, (0, filling))
+    blocks = weights.unflatten(1, (-1, BLOCK))
     masses = blocks.sum(dim=2)
     block = _invert(masses, uniform[:, :1])
     token = _invert(blocks[torch.arange(len(blocks), device=blocks.device), block], uniform[:, 1:])
     tokens = (block * BLOCK + token).clamp(max=logits.shape[1] - 1)
-    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1), masses.isfinite().all()
+    logprobs = (scaled.gather(1, tokens.unsqueeze(1)) - largest).squeeze(1) - masses.sum(dim=1).log()
+    return tokens, logprobs, masses.isfinite().all()
 
 
 def require_finite(finite: Tensor) -> None:
