@@ -3,6 +3,11 @@
 import logging
 import re
 import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import PromptBatch
 
 CHATTER = [
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning 2.6 with torch 2.15
@@ -28,6 +33,13 @@ def quieten_libraries() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_about_a_kernel)
     for message in CHATTER:
         warnings.filterwarnings("ignore", message=message)
+
+
+def with_bar(batches: "Sequence[PromptBatch]", what: str) -> "Iterable[PromptBatch]":
+    """Return the batches one by one, under a bar named ``what`` that says how many have been taken."""
+    from rich.progress import track
+
+    return track(batches, description=what)
 
 
 def _is_not_about_a_new_head(record: logging.LogRecord) -> bool:

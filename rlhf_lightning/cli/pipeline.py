@@ -1,6 +1,6 @@
 """`rlhf pipeline`: fine-tuning, reward model, PPO and the report, each stage reading the folder of the one before."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +9,8 @@ from omegaconf import DictConfig
 
 from rlhf_lightning.cli.build import build, build_all, trainers_refusals
 from rlhf_lightning.cli.checks import Config, check, check_strategy, leaves, plain
-from rlhf_lightning.cli.console import quieten_libraries
-from rlhf_lightning.cli.interrupts import resumable, this_command
+from rlhf_lightning.cli.console import quieten_libraries, with_bar
+from rlhf_lightning.cli.interrupts import resumable, started_by_lightning, this_command
 from rlhf_lightning.cli.lock import only_run_in
 from rlhf_lightning.cli.progress import Progress
 from rlhf_lightning.cli.rehearsal import bare_trainer, look_at_rows, rehearse
@@ -262,6 +262,7 @@ class Pipeline:
             seed=self.settings["seed"],
             reference=self._reference(),
             device=self._device(),
+            follow=self._follow,
             **self._sampling(),
         )
         if "reward" in module:
@@ -313,10 +314,15 @@ class Pipeline:
             network: Any = load_policy(policy)
             tokenizer = load_tokenizer(policy)
             changes = {"batch_size": SAMPLING_BATCH, "max_prompt_length": None}
-            batches = self._prompts(changes, tokenizer, rows=rows)
+            batches = self._follow(self._prompts(changes, tokenizer, rows=rows), "responses")
             return answer(network.to(self._device()), tokenizer, batches, seed=seed, **self._sampling()).responses
 
         return sample
+
+    def _follow(self, batches: "Sequence[Any]", what: str) -> "Iterable[Any]":
+        """Return the batches, under a bar where training has one."""
+        hidden = self.settings["callbacks"].get("progress") is None or started_by_lightning()
+        return batches if hidden else with_bar(batches, what)
 
     def _prompts(
         self, changes: Config, tokenizer: Any, *, rows: "Sequence[Any] | None" = None, count: int | None = None

@@ -25,6 +25,9 @@ DEMONSTRATION = "response"
 Prompts = Callable[["PreTrainedTokenizerBase", int | None], Sequence[PromptBatch]]
 """Held-out prompts in a tokenizer's ids, none longer than so many tokens."""
 
+Follow = Callable[[Sequence[PromptBatch], str], Iterable[PromptBatch]]
+"""Returns the batches, and shows on the way how many the policy of this name has answered."""
+
 
 def gather_answers(
     policies: Mapping[str, str | NetworkConfig],
@@ -38,6 +41,7 @@ def gather_answers(
     reference: str = "sft",
     device: torch.device | str = "cpu",
     sampler: Sampler = "builtin",
+    follow: Follow = lambda batches, _: batches,
 ) -> dict[str, Any]:
     """Return prompts, demonstrations, and each policy's responses with the scores of reward and judge.
 
@@ -55,7 +59,7 @@ def gather_answers(
         answers = answer(
             policy.to(device),
             tokenizer,
-            batches,
+            follow(batches, name),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,

@@ -3,6 +3,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from rlhf_lightning.cli.console import with_bar
+
 TALK = """
 import logging, warnings
 from rlhf_lightning.cli.console import quieten_libraries
@@ -51,3 +55,10 @@ def test_a_new_head_is_no_news_and_any_other_missing_weight_is(tiny_model: Path,
     assert "model.norm.weight" in of_lacking
     assert "gemm_4bit_forward" not in said
     assert "another fault" in said
+
+
+def test_a_bar_says_what_it_follows_and_passes_everything_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(with_bar(["first", "second"], "responses")) == ["first", "second"]  # type: ignore[list-item]
+    said = capsys.readouterr().out
+    assert "responses" in said
+    assert "100%" in said
