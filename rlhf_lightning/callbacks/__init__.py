@@ -1,9 +1,10 @@
-"""What a Trainer may carry beside the modules: checkpoints, export, sample tables, monitors, history, throughput."""
+"""What a Trainer may carry beside the modules: checkpoints, export, sample tables, monitors, history, a progress bar."""
 
 from rlhf_lightning.callbacks.checkpoint import ResumeCheckpoint
 from rlhf_lightning.callbacks.checkpoint_file import AtomicCheckpointIO, checkpoints, newest_whole
 from rlhf_lightning.callbacks.export import HuggingFaceExport
 from rlhf_lightning.callbacks.history import History
+from rlhf_lightning.callbacks.progress import ProgressBar
 from rlhf_lightning.callbacks.resume import ExactResume
 from rlhf_lightning.callbacks.rollouts import RolloutModule, SampleTable, ScoreMonitor
 from rlhf_lightning.callbacks.throughput import MeasuredModule, Throughput
@@ -15,6 +16,7 @@ __all__ = [
     "History",
     "HuggingFaceExport",
     "MeasuredModule",
+    "ProgressBar",
     "ResumeCheckpoint",
     "RolloutModule",
     "SampleTable",
