@@ -81,4 +81,5 @@ def seconds_between(begun: Moment, ended: Moment) -> float:
         assert isinstance(ended, float)
         return ended - begun
     ended.synchronize()
-    return begun.elapsed_time(ended) / 1000
+    milliseconds: float = begun.elapsed_time(ended)
+    return milliseconds / 1000

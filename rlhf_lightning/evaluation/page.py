@@ -300,7 +300,8 @@ def duration(seconds: float) -> str:
 
 
 def _rates(report: Report) -> Iterable[tuple[str, Mapping[str, float | None]]]:
-    return report["win_rate"].items()
+    rates: Mapping[str, Mapping[str, float | None]] = report["win_rate"]
+    return rates.items()
 
 
 def _memory(report: Report) -> str:

@@ -37,7 +37,7 @@ def leave_one_out(rewards: Float[Tensor, " B"], *, group_size: int) -> Float[Ten
     Groups are ``group_size`` neighbouring rows, the samples of one prompt. The baseline does not depend on the sample
     it is taken from, so that the gradient stays unbiased.
     """
-    groups = rewards.unflatten(0, (-1, group_size))
+    groups = rewards.reshape(-1, group_size)
     others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).flatten()
 
@@ -48,7 +48,7 @@ def group_normalized(rewards: Float[Tensor, " B"], *, group_size: int, eps: floa
     A group whose rewards are all alike teaches nothing: its advantages are 0.
     """
     # In float32 equal rewards differ from their mean by rounding, which would be blown up to a deviation of 1.
-    groups = rewards.double().unflatten(0, (-1, group_size))
+    groups = rewards.double().reshape(-1, group_size)
     centered = groups - groups.mean(dim=1, keepdim=True)
     return (centered / (groups.std(dim=1, keepdim=True, correction=0) + eps)).flatten().to(rewards)
 

@@ -31,7 +31,8 @@ def head_logprobs(
     temperature: float = 1.0,
 ) -> Float[Tensor, " N"]:
     """Return log p(token) in nats under (weight hidden + bias) / temperature, in at least float32."""
-    logprobs, _ = _Logprobs.apply(*_operands(hidden, weight, bias), tokens, temperature, False, torch.is_grad_enabled())
+    operands = _operands(hidden, weight, bias)
+    logprobs: Tensor = _Logprobs.apply(*operands, tokens, temperature, False, torch.is_grad_enabled())[0]
     return logprobs
 
 

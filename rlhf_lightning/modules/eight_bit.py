@@ -7,7 +7,7 @@ from bitsandbytes.optim.optimizer import Optimizer2State
 from torch import nn
 
 
-class AdamW8bit(Optimizer2State):
+class AdamW8bit(Optimizer2State):  # type: ignore[misc]
     """AdamW with block-wise 8-bit moments (Dettmers et al. 2022), 32-bit ones for some and for small weights."""
 
     def __init__(

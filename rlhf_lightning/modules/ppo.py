@@ -268,7 +268,8 @@ class PPOModule(LanguageModule):
     @property
     def network(self) -> nn.Module:
         """What is exported: the moving average of the policy where one is kept, else the policy."""
-        return self.policy if self.ema is None else self.ema
+        network: nn.Module = self.policy if self.ema is None else self.ema
+        return network
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -326,7 +327,7 @@ class PPOModule(LanguageModule):
         return [part.reward_model for part in self._reward.models().values()]
 
     def _make_roles(self) -> None:
-        self.reward = self._load_reward()
+        self.reward = self._load_reward()  # type: ignore[no-untyped-call]
         if self.advantage == "gae":
             self.critic = self._new_critic(self.reward)
         if isinstance(self.critic, Critic) and is_checkpointed(self.policy):

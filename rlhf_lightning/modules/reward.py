@@ -164,7 +164,8 @@ class RewardModule(LanguageModule):
     @property
     def network(self) -> nn.Module:
         """The classifier."""
-        return self.reward_model
+        network: nn.Module = self.reward_model
+        return network
 
     def setup(self, stage: str) -> None:
         """Tell the network which token is padding: it scores the last one that is not.

@@ -100,7 +100,8 @@ class SFTModule(LanguageModule):
     @property
     def network(self) -> nn.Module:
         """The language model."""
-        return self.policy
+        network: nn.Module = self.policy
+        return network
 
     @property
     def stop_token_ids(self) -> list[int]:

@@ -152,4 +152,5 @@ def gathered_from_deepspeed(network: nn.Module, *, first: bool) -> dict[str, Any
 
 def name_of(network: nn.Module, module: nn.Module) -> str:
     """Return the path of a network in a module."""
-    return next(name for name, part in module.named_modules() if part is network)
+    names: Iterator[str] = (name for name, part in module.named_modules() if part is network)
+    return next(names)

@@ -154,7 +154,7 @@ def was_told_to_every_layer(network: nn.Module, sequences: Sequences) -> bool:
     Where one did not, because the network keeps to itself what it is told, it never attends by sequence again.
     """
     model: Any = network
-    told = len(sequences.readers) == model.config.get_text_config().num_hidden_layers
+    told: bool = len(sequences.readers) == model.config.get_text_config().num_hidden_layers
     if not told:
         _see_all_before[network] = False
     return told

@@ -83,13 +83,16 @@ def dequantized(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """Return a layer's weight, a quantised one in ``dtype`` as its forward reads it."""
     held: Any = layer
     weight: Tensor = held.weight
+    whole: Tensor
     if not is_quantized_layer(layer):
         return weight.detach()
     if type(weight).__name__ == "Int8Params":
-        return held.state.CB.to(dtype).mul_(held.state.SCB.unsqueeze(1).mul(1.0 / 127.0))
+        whole = held.state.CB.to(dtype).mul_(held.state.SCB.unsqueeze(1).mul(1.0 / 127.0))
+        return whole
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.data, held.weight.quant_state).to(dtype)
+    whole = dequantize_4bit(weight.data, held.weight.quant_state).to(dtype)
+    return whole
 
 
 def plain_config(config: Any) -> Any:

@@ -51,7 +51,7 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = (), *, vocabulary: int | None = None) -> None:
         """Take tensors that do not count, and the size of the vocabulary, by which logits are known."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.now_logits = 0
         self.peak = PhaseMemory()
         self._vocabulary = vocabulary

@@ -243,7 +243,8 @@ def _check_reward_model(reward: ModelReward, rollout: Rollout, name: str) -> Fin
     own = ModelReward(reward.reward_model, reward.tokenizer, reward.tokenizer, micro_batch_size=reward.micro_batch_size)
 
     def score(tokens: Tensor, mask: Tensor) -> Tensor:
-        return own(replace(rollout, tokens=tokens, attention_mask=mask))
+        scores: Tensor = own(replace(rollout, tokens=tokens, attention_mask=mask))
+        return scores
 
     whole = [text + response for text, response in zip(rollout.texts, rollout.responses, strict=True)]
     ids: Any = reward.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]

@@ -42,7 +42,7 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, like: DynamicLayer, *, slots: int, capacity: int) -> None:
         """Make room in the type and on the device of a layer that has been filled."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         keys, values = cast(Tensor, like.keys), cast(Tensor, like.values)
         kind = kept_in(keys)
         self.all_keys = keys.new_zeros(slots, keys.shape[1], capacity, keys.shape[3], dtype=kind)

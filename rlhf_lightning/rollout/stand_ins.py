@@ -57,7 +57,8 @@ def _weight(layer: Any) -> Tensor | None:
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
     if base is not layer:
         with torch.autocast(kind, enabled=False):
-            return (base.weight + layer.get_delta_weight(ADAPTER)).to(cast)
+            whole: Tensor = base.weight + layer.get_delta_weight(ADAPTER)
+        return whole.to(cast)
     return None if cast == base.weight.dtype else base.weight.to(cast)
 
 
