@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,47 +176,73 @@ def test_a_pipeline_that_stops_within_stages_goes_on_there_and_ends_bit_for_bit_
     assert not (folder / "checkpoints").exists()
 
 
-def test_the_exported_policy_generates_as_ours_with_transformers_alone(finished: Path) -> None:
-    from transformers import pipeline
+PROMPTS = ["Explain rain to a child briefly.\n", "Describe the moon.\n"]
+RESPONSES = ["Rain falls.", "Snow is cold. Yes."]
 
+TRANSFORMERS_ALONE = """
+import json, sys
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+policy, reward, prompts, responses = json.loads(sys.argv[1])
+generate = pipeline("text-generation", model=policy)
+tokens = [generate(p, max_new_tokens=12, do_sample=False, return_tensors=True) for p in prompts]
+tokenizer = AutoTokenizer.from_pretrained(reward)
+texts = [f"{prompts[0]}{response}{tokenizer.eos_token}" for response in responses]
+inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+with torch.no_grad():
+    model = AutoModelForSequenceClassification.from_pretrained(reward)
+    scores = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits.squeeze(-1)
+assert not [name for name in sys.modules if name.startswith("rlhf_lightning")]
+print(json.dumps({"tokens": [found[0]["generated_token_ids"] for found in tokens], "scores": scores.tolist()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def in_transformers_alone(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process that knows nothing of this package generates and scores with the exported folders."""
+    given = json.dumps([str(finished / "ppo"), str(finished / "reward"), PROMPTS, RESPONSES])
+    command = [sys.executable, "-c", TRANSFORMERS_ALONE, given]
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_the_exported_policy_generates_as_ours_with_transformers_alone(
+    finished: Path, in_transformers_alone: dict[str, Any]
+) -> None:
     from rlhf_lightning.networks import load_policy, load_tokenizer
-    from rlhf_lightning.rollout.generate import decode, sample_tokens
+    from rlhf_lightning.rollout.generate import sample_tokens
 
-    folder, prompt = str(finished / "ppo"), "Explain rain to a child briefly.\n"
-    theirs: Any = pipeline("text-generation", model=folder)(
-        prompt, max_new_tokens=12, do_sample=False, return_full_text=False
-    )
-    tokenizer = load_tokenizer(folder)
-    tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    ours = sample_tokens(
-        load_policy(folder),
-        tokens,
-        torch.ones_like(tokens, dtype=torch.bool),
-        max_new_tokens=12,
-        temperature=0,
-        stop_tokens=torch.tensor([tokenizer.eos_token_id]),
-        generator=torch.Generator(),
-    ).tokens
-    assert decode(tokenizer, ours, torch.ones_like(ours, dtype=torch.bool)) == [theirs[0]["generated_text"]]
-    assert ours.shape[1] > 1
+    policy, tokenizer = load_policy(str(finished / "ppo")), load_tokenizer(str(finished / "ppo"))
+    for prompt, theirs in zip(PROMPTS, in_transformers_alone["tokens"], strict=True):
+        tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ours = sample_tokens(
+            policy,
+            tokens,
+            torch.ones_like(tokens, dtype=torch.bool),
+            max_new_tokens=12,
+            temperature=0,
+            stop_tokens=torch.tensor([tokenizer.eos_token_id]),
+            generator=torch.Generator(),
+        ).tokens
+        assert torch.cat([tokens, ours], dim=1).tolist() == [theirs]
+        assert ours.shape[1] > 1
 
 
-def test_the_exported_reward_model_scores_as_ours_with_transformers_alone(finished: Path) -> None:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
+def test_the_exported_reward_model_scores_as_ours_with_transformers_alone(
+    finished: Path, in_transformers_alone: dict[str, Any]
+) -> None:
     from rlhf_lightning import RewardModule
 
-    folder = str(finished / "reward")
-    plain: Any = AutoModelForSequenceClassification.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = [
-        f"Explain rain to a child.\n{words}{tokenizer.eos_token}" for words in ("Rain falls.", "Snow is cold. Yes.")
-    ]
-    inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    module = RewardModule(str(finished / "reward"))
+    texts = [f"{PROMPTS[0]}{response}{module.required_tokenizer.eos_token}" for response in RESPONSES]
+    inputs = module.required_tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     with torch.no_grad():
-        theirs = plain(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits.squeeze(-1)
-        ours = RewardModule(folder)(inputs["input_ids"], inputs["attention_mask"].bool())
-    torch.testing.assert_close(ours, theirs)
+        ours = module(inputs["input_ids"], inputs["attention_mask"].bool())
+    torch.testing.assert_close(ours, torch.tensor(in_transformers_alone["scores"]))
 
 
 @pytest.mark.parametrize(
