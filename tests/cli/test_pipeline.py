@@ -1,14 +1,18 @@
+import csv
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_lightning.callbacks.tracking import leaves
 from rlhf_lightning.cli.application import run_verb
 from rlhf_lightning.modules import PPOModule
 from rlhf_lightning.networks.lora import adapter_weights
@@ -29,6 +33,7 @@ TINY = [
     "trainer.ppo.max_steps=2",
     "trainer.sft.limit_val_batches=1",
     "module.ppo.max_new_tokens=6",
+    "module.ppo.learning_rate=0.01",  # so high that two rollouts change what is said
     "data.ppo.batch_size=8",
     "module.ppo.minibatch_size=8",
     "evaluate.prompts=8",
@@ -56,7 +61,11 @@ def test_the_report_holds_the_figures_of_every_stage(finished: Path) -> None:
         assert found["judge_score"][policy] <= 0
     assert 0 <= found["reward"]["accuracy"] <= 1
     assert found["reward"]["pairs"] > 0
-    assert set(found["ppo"]) >= {"kl", "score"}
+    assert found["ppo"]["kl"] is not None
+    evaluated = json.loads((finished / "stages" / "evaluate.json").read_text("utf-8"))["result"]["scores"]
+    means = {"before": fmean(evaluated["sft"]), "after": fmean(evaluated["ppo"])}
+    assert found["ppo"]["score"] == pytest.approx(means, rel=1e-5)
+    assert means["before"] != pytest.approx(means["after"], rel=1e-5)
     assert set(found["seconds"]) >= {"pretrain", "sft", "reward", "ppo", "evaluate", "total"}
     assert set(found["throughput"]) == {"pretrain", "sft", "reward", "ppo"}
     for stage, speed in found["throughput"].items():
@@ -65,6 +74,62 @@ def test_the_report_holds_the_figures_of_every_stage(finished: Path) -> None:
         assert ("share_sampling" in speed) == (stage == "ppo")
     assert found["peak_memory_gb"] > 0
     assert (finished / "report.html").stat().st_size > 1000
+
+
+def test_the_curves_of_ppo_are_score_the_judges_score_and_the_distance(finished: Path) -> None:
+    curves = report(finished)["curves"]["ppo"]
+    for name in ("ppo/score", "ppo/judge_score", "ppo/kl"):
+        assert curves[name]["step"] == [1, 2]
+        assert len(curves[name]["value"]) == 2
+    assert max(curves["ppo/judge_score"]["value"]) <= 0
+    assert {file.stem for file in (finished / "figures").iterdir()} >= {"win_rate", "reward", "ppo", "distance"}
+
+
+def test_the_reports_numbers_are_logged(finished: Path) -> None:
+    with (finished / "logs" / "report" / "version_0" / "metrics.csv").open(encoding="utf-8") as file:
+        (logged,) = csv.DictReader(file)
+    found = report(finished)
+    for name, value in leaves({key: found[key] for key in ("win_rate", "judge_score", "reward", "ppo")}).items():
+        assert float(logged[f"report/{name}"]) == pytest.approx(value, rel=1e-5)
+    assert "report/win_rate/ppo/mean" in logged
+
+
+def test_the_reports_numbers_and_figures_reach_wandb(
+    finished: Path, wandb_records: Callable[[Path], list[Any]]
+) -> None:
+    (finished / "stages" / "evaluate.json").unlink()
+    arguments = [*TINY, f"output_dir={finished}", "logger=wandb", "logger.offline=true"]
+    assert run_verb("pipeline", arguments) == 0
+    (folder,) = (finished / "logs" / "wandb").glob("offline-run-*")
+    rows = [item for record in wandb_records(folder) for item in record.history.item]
+    logged = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in rows}
+    mean = report(finished)["win_rate"]["ppo"]["mean"]
+    assert logged["report/win_rate/ppo/mean"] == pytest.approx(mean, rel=1e-5)
+    images = [file.name for file in (folder / "files" / "media" / "images" / "report").iterdir()]
+    for figure in (finished / "figures").iterdir():
+        assert any(image.startswith(f"{figure.stem}_") for image in images)
+
+
+def test_at_the_end_it_says_where_everything_is_who_wins_and_a_sample_before_and_after(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb("pipeline", [*TINY, f"output_dir={finished}"]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split(maxsplit=1) for line in printed.splitlines()]
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        assert [stage, str(finished / stage)] in lines
+    assert ["report", str(finished / "report.html")] in lines
+    found = report(finished)
+    for policy, rate in found["win_rate"].items():
+        assert [policy, f"wins {rate['mean']:.0%} [{rate['low']:.0%}, {rate['high']:.0%}]"] in lines
+    sample = found["samples"][0]
+    said = [f"{name}{sample['responses'][name]}" for name in ("sft", "ppo")]
+    assert visible(printed).endswith(visible("".join([f"prompt{sample['prompt']}", *said])))
+
+
+def visible(text: str) -> str:
+    """Return the text without what a terminal may lay out in its own way."""
+    return "".join(character for character in text if character.isprintable() and not character.isspace())
 
 
 @pytest.mark.proof
