@@ -1,8 +1,11 @@
 import csv
 import json
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -424,11 +427,13 @@ def test_what_is_wrong_with_a_later_stage_is_said_before_the_first_one_runs(
         ("world.layers=0", "layers=0 must be at least 1"),
         ("world.responses=1", "responses=1 must be at least 2"),
         ("+evaluate.sampels=1", "did you mean evaluate.samples?"),
+        ("module.ppo.betta=1", "module.ppo.betta is not a setting of `rlhf pipeline`; did you mean module.ppo.beta?"),
+        ("+module.ppo.betta=1", "did you mean module.ppo.beta?"),
         ("evaluate.prompts=all", "evaluate.prompts must be a whole number, not 'all'"),
         ("trainer.ppo.gradient_clip_val=1.0", "cannot clip"),
     ],
 )
-def test_settings_of_world_and_evaluation_are_checked_before_anything_is_written(
+def test_settings_of_world_stages_and_evaluation_are_checked_before_anything_is_written(
     override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_verb("pipeline", [*TINY, override, f"output_dir={tmp_path}"]) == 2
@@ -538,3 +543,48 @@ def test_an_error_in_a_stage_says_what_is_kept_and_how_to_go_on(
     assert "must return finite scores" in said
     assert f"finished stages are kept in {tmp_path / 'two'}; go on after them with\n  rlhf pipeline" in said
     assert f"data.sft.path={files['sft']}" in said
+
+
+WAITING = """
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+def length(prompts, responses, **columns):
+    if (HERE / "wait").exists() and list(HERE.glob("out/checkpoints/ppo/step-1.ckpt")):
+        (HERE / "waiting").touch()
+        time.sleep(60)
+    return [len(response) for response in responses]
+"""
+
+
+def test_ctrl_c_within_a_stage_says_what_is_kept_and_the_command_it_names_goes_on_there(
+    ppo_alone: list[str], files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rewards.py").write_text(WAITING)
+    (tmp_path / "wait").touch()
+    own = [f"data.sft.path={files['sft']}", "trainer.ppo.max_steps=3", "callbacks.checkpoint.every_n_train_steps=1"]
+    command = [sys.executable, "-m", "rlhf_lightning.cli.main", "pipeline", *ppo_alone, *own]
+    # A suite that was started in the background ignores SIGINT, and so would the run.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "waiting").exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(process.communicate()[1])
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    last = tmp_path / "out" / "checkpoints" / "ppo" / "step-1.ckpt"
+    assert f"the last checkpoint is {last}; go on from it with" in errors
+    (again,) = [shlex.split(line) for line in errors.splitlines() if line.startswith("  rlhf pipeline")]
+    (tmp_path / "wait").unlink()
+    assert run_verb("pipeline", again[2:]) == 0
+    said = capsys.readouterr().out
+    assert "=== sft: complete already, skipped" in said
+    assert f"goes on from {last}" in said
+    assert report(tmp_path / "out")["curves"]["ppo"]["ppo/score"]["step"] == [1, 2, 3]
