@@ -183,16 +183,21 @@ def test_a_finished_stage_is_not_mixed_with_other_settings(finished: Path, capsy
     assert "go on" not in said  # with the same command, which would be refused again
 
 
-def test_a_stage_whose_folder_is_gone_runs_again_with_all_that_follows(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("lost", ["reward", "reward/config.json", "reward/model.safetensors"])
+def test_a_stage_whose_folder_is_gone_or_not_whole_runs_again_with_all_that_follows(
+    lost: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = report(finished)
-    shutil.rmtree(finished / "reward")
+    path = finished / lost
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
     assert run_verb("pipeline", [*TINY, f"output_dir={finished}"]) == 0
     said = capsys.readouterr().out
     assert said.count("complete already, skipped") == 4  # world, pretrain, sft, comparisons
-    assert "reward is gone, so it and what follows run again" in said
-    assert (finished / "reward").is_dir()
+    assert f"{path} is gone, so it and what follows run again" in said
+    assert path.exists()
     assert report(finished)["win_rate"] == before["win_rate"]
 
 
