@@ -56,7 +56,7 @@ def test_fine_tuning_writes_model_log_checkpoint_and_config(
     assert {"sft/loss", "sft/val_loss"} <= logged("out")
     assert checkpoint("last", "out") is not None
     composed = OmegaConf.load("out/.hydra/config.yaml")
-    assert composed.network.pretrained == str(tiny_model)  # type: ignore[union-attr]
+    assert composed.network.pretrained == str(tiny_model)
     assert str(Path("out").absolute()) in capsys.readouterr().out
 
 
@@ -186,6 +186,26 @@ def test_wandb_without_an_account_is_an_input_error(tiny_model: Path, tmp_path: 
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert "logger.offline=true" in result.stderr
+
+
+def test_run_logged_by_tensorboard_holds_metrics_and_config(tiny_model: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", "module.learning_rate=0.125", *QUIET]
+    assert run_verb("train", [*arguments, "logger=tensorboard", "output_dir=out"]) == 0
+    folder = Path("out/logs/version_0")
+    found = events.EventAccumulator(str(folder)).Reload()
+    assert {"sft/loss", "sft/val_loss"} <= set(found.Tags()["scalars"])
+    assert OmegaConf.load(folder / "hparams.yaml").module.learning_rate == 0.125
+
+
+def test_tensorboard_that_is_not_installed_is_an_input_error_that_names_the_extra(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{name}", False)
+    arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", "output_dir=out", *QUIET]
+    assert run_verb("train", [*arguments, "logger=tensorboard"]) == 2
+    assert "pip install rlhf-lightning[tensorboard]" in capsys.readouterr().err
 
 
 def test_setting_that_the_trainer_refuses_is_an_input_error(
