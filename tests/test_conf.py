@@ -11,11 +11,17 @@ import hydra
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.strategies import FSDPStrategy
 from omegaconf import DictConfig, OmegaConf, open_dict
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from rlhf_lightning import RewardModule
 from rlhf_lightning.cli.build import build, build_all
 from rlhf_lightning.cli.checks import check, plain, target, target_nodes
 from rlhf_lightning.cli.main import VERBS
+from rlhf_lightning.cli.pipeline import ROOT_KEYS as PIPELINE_KEYS
+from rlhf_lightning.cli.pipeline import stage_settings, wire
+from rlhf_lightning.cli.train import ROOT_KEYS as TRAIN_KEYS
 from rlhf_lightning.modules.language import idle_settings
 from rlhf_lightning.modules.ppo_checks import without_effect
 
@@ -25,6 +31,7 @@ GROUPS = ["module", "data", "network", "trainer", "logger", "callbacks"]
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 NEEDS_GPU = {("trainer", name) for name in ("gpu", "ddp", "fsdp", "fsdp2", "deepspeed_2", "deepspeed_3", "slurm")}
+ON_A_CPU = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
 
 
 def compose(verb: str, *overrides: str) -> DictConfig:
@@ -50,7 +57,33 @@ def filled(tiny_model: Path, tmp_path: Path) -> list[str]:
     """What a user must give before anything can be built; the folder stands in for the data of the experiments."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
+    rewards = tmp_path / "rewards" / "vader_reward.py"
+    rewards.parent.mkdir()
+    rewards.write_text("def vader_reward(prompts, responses):\n    return [0.0 for _ in responses]\n", encoding="utf-8")
     return [f"network.pretrained={tiny_model}", f"data.path={rows}", f"output_dir={tmp_path}", f"data_root={tmp_path}"]
+
+
+@pytest.fixture(scope="module")
+def handed_over(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The output directory of a pipeline with the networks that its stages hand over.
+
+    They have dropout layers, whose rate a recipe sets.
+    """
+    folder = tmp_path_factory.mktemp("pipeline")
+    config = GPT2Config(vocab_size=258, n_embd=16, n_layer=1, n_head=2, n_positions=64, pad_token_id=0, eos_token_id=1)
+    network, tokenizer = GPT2LMHeadModel(config), AutoTokenizer.from_pretrained(tiny_model)
+    for stage in ("initial", "pretrain", "sft"):
+        network.save_pretrained(folder / stage)
+        tokenizer.save_pretrained(folder / stage)
+    RewardModule(str(folder / "sft")).save_pretrained(folder / "reward")
+    return folder
+
+
+def for_a_cpu(node: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a Trainer for GPUs with what a CPU allows; a strategy that it does not is built alone."""
+    if isinstance(node["strategy"], dict) and isinstance(build("trainer.strategy", node["strategy"]), FSDPStrategy):
+        node = node | {"strategy": "auto"}
+    return node | ON_A_CPU
 
 
 def build_everything(settings: dict[str, Any]) -> Iterator[Any]:
@@ -59,6 +92,16 @@ def build_everything(settings: dict[str, Any]) -> Iterator[Any]:
     yield from build_all("logger", settings["logger"]).values()
     yield from build_all("callbacks", settings["callbacks"]).values()
     yield build("trainer", settings["trainer"], logger=False, enable_checkpointing=False)
+
+
+def build_pipeline(settings: dict[str, Any]) -> Iterator[Any]:
+    yield build("evaluate", settings["evaluate"])
+    if settings["world"] is not None:
+        yield build("world", settings["world"])
+    folder = Path(settings["output_dir"])
+    for stage in settings["module"]:
+        own = {name: settings[name][stage] for name in ("module", "data", "trainer")}
+        yield from build_everything(stage_settings(settings | own, stage, folder, folder / "checkpoints"))
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -80,9 +123,11 @@ def test_every_option_of_every_group_composes_and_instantiates(group: str, optio
     config = compose("train", f"{group}={option}", *filled, *reward)
     settings = plain(config)
     check(settings, known=list(config))
-    if (group, option) in NEEDS_GPU and not torch.cuda.is_available():
-        return
+    if option.startswith("deepspeed"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     node = settings[group]
+    if (group, option) in NEEDS_GPU and not torch.cuda.is_available():
+        node = for_a_cpu(node)
     if group == "trainer":
         build(group, node, logger=False, enable_checkpointing=False)
     else:
@@ -90,16 +135,26 @@ def test_every_option_of_every_group_composes_and_instantiates(group: str, optio
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_composes_by_its_own_command_and_instantiates(experiment: str, filled: list[str]) -> None:
+def test_every_experiment_composes_by_its_own_command_and_instantiates(
+    experiment: str, filled: list[str], handed_over: Path
+) -> None:
     verb, *overrides = command(experiment)
-    if experiment != "world":  # which is what a bare `rlhf pipeline` plays
-        assert f"experiment={experiment}" in overrides
-    given = [override for override in filled if not override.startswith("data.path")] if verb == "train" else []
-    config = compose(verb, *overrides, *given)
+    if experiment == "world":  # which is what a bare `rlhf pipeline` plays
+        overrides = ["experiment=world"]
+    assert f"experiment={experiment}" in overrides
+    given = [override for override in filled if not override.startswith("data.path")]
     if verb == "train":
-        settings = plain(config)
-        check(settings, known=list(config))
-        assert all(thing is not None for thing in build_everything(settings))
+        settings = plain(compose(verb, *overrides, *given))
+        check(settings, known=TRAIN_KEYS)
+        things = list(build_everything(settings))
+    else:
+        folders = [f"output_dir={handed_over}", f"network.pretrained={handed_over / 'initial'}"]
+        settings = plain(compose(verb, *overrides, *given, *folders))
+        wire(settings)
+        check(settings, known=PIPELINE_KEYS)
+        things = list(build_pipeline(settings))
+    assert len(things) > 4
+    assert None not in things
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

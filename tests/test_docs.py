@@ -5,13 +5,15 @@ import csv
 import importlib
 import inspect
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +32,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+SETUP = ["pip install uv && uv run rlhf pipeline", "pip install uv && uv run pytest"]
+"""What works on a machine that has only Python and pip."""
+
 INLINE_COMMAND = re.compile(r"`(rlhf (?!VERB|--help)[^`]*)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -163,6 +168,51 @@ def project(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shutil.copytree(tiny_model, "out/sft")
     rlhf_lightning.RewardModule("out/sft").save_pretrained("out/reward")
     return tmp_path
+
+
+def test_the_readme_begins_with_the_two_commands_that_set_up_and_run() -> None:
+    assert blocks(PAGES[0].read_text("utf-8"), "bash")[0].splitlines() == SETUP
+
+
+@pytest.fixture
+def checked_out(tmp_path: Path) -> Callable[[str], tuple[int, list[str]]]:
+    """``checked_out(readme)`` returns the exit code of .ci/run in a checkout with that README, and what it called.
+
+    pip and uv are programs that write down how they were called.
+    """
+
+    def run(readme: str) -> tuple[int, list[str]]:
+        for name in (".ci", "bin"):
+            (tmp_path / name).mkdir()
+        shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
+        (tmp_path / "README.md").write_text(readme, "utf-8")
+        for name in ("pip", "uv"):
+            program = tmp_path / "bin" / name
+            program.write_text(f'#!/bin/sh\necho {name} "$@" >> "{tmp_path}/called"\n', "utf-8")
+            program.chmod(0o755)
+        environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+        done = subprocess.run([tmp_path / ".ci" / "run"], env=environment, check=False)
+        return done.returncode, (tmp_path / "called").read_text("utf-8").splitlines()
+
+    return run
+
+
+def test_a_change_must_pass_format_lint_types_and_the_test_command_of_the_readme(
+    checked_out: Callable[[str], tuple[int, list[str]]],
+) -> None:
+    exit_code, called = checked_out(PAGES[0].read_text("utf-8"))
+    assert exit_code == 0
+    assert {"uv run ruff format --check .", "uv run ruff check .", "uv run mypy"} < set(called)
+    test_command = called.index("uv run pytest")
+    assert called[test_command - 1] == "pip install uv"
+
+
+def test_a_change_does_not_pass_where_the_readme_lacks_its_test_command(
+    checked_out: Callable[[str], tuple[int, list[str]]],
+) -> None:
+    exit_code, called = checked_out(PAGES[0].read_text("utf-8").replace(SETUP[1], "make test"))
+    assert exit_code != 0
+    assert "uv run mypy" in called
 
 
 @pytest.mark.parametrize("line", commands())

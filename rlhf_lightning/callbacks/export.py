@@ -15,6 +15,9 @@ from rlhf_lightning.types import Export
 SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 """Strategies under which no process may hold all weights, so that all of them have a part in writing."""
 
+PARTS = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors")
+"""One of these makes a folder that of a model, also of one that has lost some of its files."""
+
 
 @runtime_checkable
 class Exportable(Protocol):
@@ -102,7 +105,7 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def _check_target(dirpath: Path) -> None:
-    ours = any((dirpath / name).exists() for name in ("config.json", "adapter_config.json"))
+    ours = any((dirpath / name).exists() for name in PARTS)
     foreign = dirpath.is_dir() and any(dirpath.iterdir()) and not ours
     if foreign or dirpath.is_file():
         raise InputError(f"dirpath={dirpath} holds something else than a model; it would be replaced: name another one")

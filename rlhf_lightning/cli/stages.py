@@ -57,10 +57,11 @@ def run_stage(
 ) -> Config:
     """Return the record of a stage: the stored one, or that of running ``body``, whose result is its ``result``.
 
-    A stage is complete while its record and all its ``outputs`` are there, and none of the files that it read, its
-    ``inputs``, holds anything else by now. Otherwise only the stages ``before`` it stay complete, since the others were
-    made from what it wrote. Raises `NotResumable` where it was completed with other settings: nothing of another run is
-    mixed in silently. ``progress`` holds what a stage keeps while it runs, for the next time if it is stopped.
+    A stage is complete while its record and all its ``outputs``, with every file that it left in them, are there, and
+    none of the files that it read, its ``inputs``, holds anything else by now. Otherwise only the stages ``before`` it
+    stay complete, since the others were made from what it wrote. Raises `NotResumable` where it was completed with
+    other settings: nothing of another run is mixed in silently. ``progress`` holds what a stage keeps while it runs,
+    for the next time if it is stopped.
     """
     # As it will be read back: tuples are lists there.
     settings = json.loads(json.dumps(settings))
@@ -68,7 +69,9 @@ def run_stage(
     stored = records.read(stage)
     if stored is not None:
         _check_same(records, stage, stored["settings"], settings)
-        reasons = [f"{path} is gone" for path in outputs if not path.exists()]
+        # Records of earlier versions name no files.
+        written = [*outputs, *map(Path, stored.get("files", []))]
+        reasons = [f"{path} is gone" for path in written if not path.exists()]
         reasons += [f"{path} has changed" for path in contents if stored["inputs"].get(path) != contents[path]]
         if not reasons:
             print(f"\n=== {stage}: complete already, skipped", flush=True)
@@ -89,12 +92,18 @@ def run_stage(
         "peak_memory_gb": peak_memory_gb(),
         "settings": settings,
         "inputs": contents,
+        "files": [str(file) for file in files_in(outputs)],
         "result": result,
     }
     records.write(stage, record)
     if progress is not None:
         progress.end(stage)
     return record
+
+
+def files_in(outputs: Sequence[Path]) -> list[Path]:
+    """Return the files among the outputs and below those that are folders, in order."""
+    return sorted(file for path in outputs for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def digest(file: Path) -> str:

@@ -135,6 +135,15 @@ def test_a_folder_that_is_no_model_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize("left", ["config.json", "model.safetensors"])
+def test_what_is_left_of_a_model_is_replaced(left: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / left).touch()
+    fit(Module(), folder)
+    assert {file.name: file.stat().st_size > 0 for file in folder.iterdir()} == {"config.json": True}
+
+
 def test_a_place_that_cannot_be_made_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be made"):

@@ -53,6 +53,44 @@ def test_references_are_the_measure_where_there_is_no_reward(tiny_model: Path) -
     assert found["policies"]["sft"]["prompts"] == 3
 
 
+def test_responses_to_a_task_of_natural_instructions_are_scored_by_the_nearest_of_its_references(
+    tiny_model: Path,
+) -> None:
+    def write_task(split: str, instances: list[dict[str, Any]]) -> None:
+        examples = [{"input": str(n), "output": str(2 * n), "explanation": "-"} for n in (1, 2)]
+        task = {"Definition": ["Double the number."], "Positive Examples": examples, "Instances": instances}
+        Path("task", f"{split}.json").write_text(json.dumps(task), encoding="utf-8")
+
+    def responses() -> tuple[list[str], list[float]]:
+        found = evaluation(*arguments)
+        assert found["metric"] == "rouge_l"
+        written = [json.loads(line) for line in Path("out/responses.jsonl").read_text(encoding="utf-8").splitlines()]
+        scores = [row["sft"]["score"] for row in written]
+        assert found["policies"]["sft"]["score"]["mean"] == pytest.approx(sum(scores) / len(scores))
+        assert [row["prompt"].partition("Positive Example 1 -")[0] for row in written] == [
+            "Definition: Double the number.\n\n"
+        ] * 2
+        assert [row["prompt"][-16:] for row in written] == ["Input: 4\nOutput:", "Input: 5\nOutput:"]
+        assert not any("Positive Example 2" in row["prompt"] for row in written)
+        return [row["sft"]["response"] for row in written], scores
+
+    arguments = [
+        f"policies.sft={tiny_model}",
+        "data.path=task",
+        "data.format=natural_instructions",
+        "data.examples=1",
+        "metric=rouge_l",
+        "max_new_tokens=32",
+    ]
+    Path("task").mkdir()
+    write_task("train", [{"input": "3", "output": ["6"]}])
+    write_task("test", [{"input": "4", "output": ["eight", "8"]}, {"input": "5", "output": "ten"}])
+    said, scores = responses()
+    assert scores == [0.0, 0.0]
+    write_task("test", [{"input": "4", "output": ["eight", said[0], "8"]}, {"input": "5", "output": ["ten", "10"]}])
+    assert responses() == (said, [1.0, 0.0])
+
+
 def test_perplexity_of_given_responses_is_exp_of_their_mean_loss(tiny_model: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

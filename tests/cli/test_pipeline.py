@@ -1,12 +1,21 @@
+import csv
 import json
+import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_lightning.callbacks.tracking import leaves
 from rlhf_lightning.cli.application import run_verb
 from rlhf_lightning.modules import PPOModule
 from rlhf_lightning.networks.lora import adapter_weights
@@ -27,6 +36,7 @@ TINY = [
     "trainer.ppo.max_steps=2",
     "trainer.sft.limit_val_batches=1",
     "module.ppo.max_new_tokens=6",
+    "module.ppo.learning_rate=0.01",  # so high that two rollouts change what is said
     "data.ppo.batch_size=8",
     "module.ppo.minibatch_size=8",
     "evaluate.prompts=8",
@@ -54,7 +64,11 @@ def test_the_report_holds_the_figures_of_every_stage(finished: Path) -> None:
         assert found["judge_score"][policy] <= 0
     assert 0 <= found["reward"]["accuracy"] <= 1
     assert found["reward"]["pairs"] > 0
-    assert set(found["ppo"]) >= {"kl", "score"}
+    assert found["ppo"]["kl"] is not None
+    evaluated = json.loads((finished / "stages" / "evaluate.json").read_text("utf-8"))["result"]["scores"]
+    means = {"before": fmean(evaluated["sft"]), "after": fmean(evaluated["ppo"])}
+    assert found["ppo"]["score"] == pytest.approx(means, rel=1e-5)
+    assert means["before"] != pytest.approx(means["after"], rel=1e-5)
     assert set(found["seconds"]) >= {"pretrain", "sft", "reward", "ppo", "evaluate", "total"}
     assert set(found["throughput"]) == {"pretrain", "sft", "reward", "ppo"}
     for stage, speed in found["throughput"].items():
@@ -63,6 +77,62 @@ def test_the_report_holds_the_figures_of_every_stage(finished: Path) -> None:
         assert ("share_sampling" in speed) == (stage == "ppo")
     assert found["peak_memory_gb"] > 0
     assert (finished / "report.html").stat().st_size > 1000
+
+
+def test_the_curves_of_ppo_are_score_the_judges_score_and_the_distance(finished: Path) -> None:
+    curves = report(finished)["curves"]["ppo"]
+    for name in ("ppo/score", "ppo/judge_score", "ppo/kl"):
+        assert curves[name]["step"] == [1, 2]
+        assert len(curves[name]["value"]) == 2
+    assert max(curves["ppo/judge_score"]["value"]) <= 0
+    assert {file.stem for file in (finished / "figures").iterdir()} >= {"win_rate", "reward", "ppo", "distance"}
+
+
+def test_the_reports_numbers_are_logged(finished: Path) -> None:
+    with (finished / "logs" / "report" / "version_0" / "metrics.csv").open(encoding="utf-8") as file:
+        (logged,) = csv.DictReader(file)
+    found = report(finished)
+    for name, value in leaves({key: found[key] for key in ("win_rate", "judge_score", "reward", "ppo")}).items():
+        assert float(logged[f"report/{name}"]) == pytest.approx(value, rel=1e-5)
+    assert "report/win_rate/ppo/mean" in logged
+
+
+def test_the_reports_numbers_and_figures_reach_wandb(
+    finished: Path, wandb_records: Callable[[Path], list[Any]]
+) -> None:
+    (finished / "stages" / "evaluate.json").unlink()
+    arguments = [*TINY, f"output_dir={finished}", "logger=wandb", "logger.offline=true"]
+    assert run_verb("pipeline", arguments) == 0
+    (folder,) = (finished / "logs" / "wandb").glob("offline-run-*")
+    rows = [item for record in wandb_records(folder) for item in record.history.item]
+    logged = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in rows}
+    mean = report(finished)["win_rate"]["ppo"]["mean"]
+    assert logged["report/win_rate/ppo/mean"] == pytest.approx(mean, rel=1e-5)
+    images = [file.name for file in (folder / "files" / "media" / "images" / "report").iterdir()]
+    for figure in (finished / "figures").iterdir():
+        assert any(image.startswith(f"{figure.stem}_") for image in images)
+
+
+def test_at_the_end_it_says_where_everything_is_who_wins_and_a_sample_before_and_after(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb("pipeline", [*TINY, f"output_dir={finished}"]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split(maxsplit=1) for line in printed.splitlines()]
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        assert [stage, str(finished / stage)] in lines
+    assert ["report", str(finished / "report.html")] in lines
+    found = report(finished)
+    for policy, rate in found["win_rate"].items():
+        assert [policy, f"wins {rate['mean']:.0%} [{rate['low']:.0%}, {rate['high']:.0%}]"] in lines
+    sample = found["samples"][0]
+    said = [f"{name}{sample['responses'][name]}" for name in ("sft", "ppo")]
+    assert visible(printed).endswith(visible("".join([f"prompt{sample['prompt']}", *said])))
+
+
+def visible(text: str) -> str:
+    """Return the text without what a terminal may lay out in its own way."""
+    return "".join(character for character in text if character.isprintable() and not character.isspace())
 
 
 @pytest.mark.proof
@@ -113,16 +183,21 @@ def test_a_finished_stage_is_not_mixed_with_other_settings(finished: Path, capsy
     assert "go on" not in said  # with the same command, which would be refused again
 
 
-def test_a_stage_whose_folder_is_gone_runs_again_with_all_that_follows(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("lost", ["reward", "reward/config.json", "reward/model.safetensors"])
+def test_a_stage_whose_folder_is_gone_or_not_whole_runs_again_with_all_that_follows(
+    lost: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = report(finished)
-    shutil.rmtree(finished / "reward")
+    path = finished / lost
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
     assert run_verb("pipeline", [*TINY, f"output_dir={finished}"]) == 0
     said = capsys.readouterr().out
     assert said.count("complete already, skipped") == 4  # world, pretrain, sft, comparisons
-    assert "reward is gone, so it and what follows run again" in said
-    assert (finished / "reward").is_dir()
+    assert f"{path} is gone, so it and what follows run again" in said
+    assert path.exists()
     assert report(finished)["win_rate"] == before["win_rate"]
 
 
@@ -174,47 +249,73 @@ def test_a_pipeline_that_stops_within_stages_goes_on_there_and_ends_bit_for_bit_
     assert not (folder / "checkpoints").exists()
 
 
-def test_the_exported_policy_generates_as_ours_with_transformers_alone(finished: Path) -> None:
-    from transformers import pipeline
+PROMPTS = ["Explain rain to a child briefly.\n", "Describe the moon.\n"]
+RESPONSES = ["Rain falls.", "Snow is cold. Yes."]
 
+TRANSFORMERS_ALONE = """
+import json, sys
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+policy, reward, prompts, responses = json.loads(sys.argv[1])
+generate = pipeline("text-generation", model=policy)
+tokens = [generate(p, max_new_tokens=12, do_sample=False, return_tensors=True) for p in prompts]
+tokenizer = AutoTokenizer.from_pretrained(reward)
+texts = [f"{prompts[0]}{response}{tokenizer.eos_token}" for response in responses]
+inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+with torch.no_grad():
+    model = AutoModelForSequenceClassification.from_pretrained(reward)
+    scores = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits.squeeze(-1)
+assert not [name for name in sys.modules if name.startswith("rlhf_lightning")]
+print(json.dumps({"tokens": [found[0]["generated_token_ids"] for found in tokens], "scores": scores.tolist()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def in_transformers_alone(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process that knows nothing of this package generates and scores with the exported folders."""
+    given = json.dumps([str(finished / "ppo"), str(finished / "reward"), PROMPTS, RESPONSES])
+    command = [sys.executable, "-c", TRANSFORMERS_ALONE, given]
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_the_exported_policy_generates_as_ours_with_transformers_alone(
+    finished: Path, in_transformers_alone: dict[str, Any]
+) -> None:
     from rlhf_lightning.networks import load_policy, load_tokenizer
-    from rlhf_lightning.rollout.generate import decode, sample_tokens
+    from rlhf_lightning.rollout.generate import sample_tokens
 
-    folder, prompt = str(finished / "ppo"), "Explain rain to a child briefly.\n"
-    theirs: Any = pipeline("text-generation", model=folder)(
-        prompt, max_new_tokens=12, do_sample=False, return_full_text=False
-    )
-    tokenizer = load_tokenizer(folder)
-    tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    ours = sample_tokens(
-        load_policy(folder),
-        tokens,
-        torch.ones_like(tokens, dtype=torch.bool),
-        max_new_tokens=12,
-        temperature=0,
-        stop_tokens=torch.tensor([tokenizer.eos_token_id]),
-        generator=torch.Generator(),
-    ).tokens
-    assert decode(tokenizer, ours, torch.ones_like(ours, dtype=torch.bool)) == [theirs[0]["generated_text"]]
-    assert ours.shape[1] > 1
+    policy, tokenizer = load_policy(str(finished / "ppo")), load_tokenizer(str(finished / "ppo"))
+    for prompt, theirs in zip(PROMPTS, in_transformers_alone["tokens"], strict=True):
+        tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ours = sample_tokens(
+            policy,
+            tokens,
+            torch.ones_like(tokens, dtype=torch.bool),
+            max_new_tokens=12,
+            temperature=0,
+            stop_tokens=torch.tensor([tokenizer.eos_token_id]),
+            generator=torch.Generator(),
+        ).tokens
+        assert torch.cat([tokens, ours], dim=1).tolist() == [theirs]
+        assert ours.shape[1] > 1
 
 
-def test_the_exported_reward_model_scores_as_ours_with_transformers_alone(finished: Path) -> None:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
+def test_the_exported_reward_model_scores_as_ours_with_transformers_alone(
+    finished: Path, in_transformers_alone: dict[str, Any]
+) -> None:
     from rlhf_lightning import RewardModule
 
-    folder = str(finished / "reward")
-    plain: Any = AutoModelForSequenceClassification.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = [
-        f"Explain rain to a child.\n{words}{tokenizer.eos_token}" for words in ("Rain falls.", "Snow is cold. Yes.")
-    ]
-    inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    module = RewardModule(str(finished / "reward"))
+    texts = [f"{PROMPTS[0]}{response}{module.required_tokenizer.eos_token}" for response in RESPONSES]
+    inputs = module.required_tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     with torch.no_grad():
-        theirs = plain(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits.squeeze(-1)
-        ours = RewardModule(folder)(inputs["input_ids"], inputs["attention_mask"].bool())
-    torch.testing.assert_close(ours, theirs)
+        ours = module(inputs["input_ids"], inputs["attention_mask"].bool())
+    torch.testing.assert_close(ours, torch.tensor(in_transformers_alone["scores"]))
 
 
 @pytest.mark.parametrize(
@@ -331,11 +432,13 @@ def test_what_is_wrong_with_a_later_stage_is_said_before_the_first_one_runs(
         ("world.layers=0", "layers=0 must be at least 1"),
         ("world.responses=1", "responses=1 must be at least 2"),
         ("+evaluate.sampels=1", "did you mean evaluate.samples?"),
+        ("module.ppo.betta=1", "module.ppo.betta is not a setting of `rlhf pipeline`; did you mean module.ppo.beta?"),
+        ("+module.ppo.betta=1", "did you mean module.ppo.beta?"),
         ("evaluate.prompts=all", "evaluate.prompts must be a whole number, not 'all'"),
         ("trainer.ppo.gradient_clip_val=1.0", "cannot clip"),
     ],
 )
-def test_settings_of_world_and_evaluation_are_checked_before_anything_is_written(
+def test_settings_of_world_stages_and_evaluation_are_checked_before_anything_is_written(
     override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_verb("pipeline", [*TINY, override, f"output_dir={tmp_path}"]) == 2
@@ -445,3 +548,48 @@ def test_an_error_in_a_stage_says_what_is_kept_and_how_to_go_on(
     assert "must return finite scores" in said
     assert f"finished stages are kept in {tmp_path / 'two'}; go on after them with\n  rlhf pipeline" in said
     assert f"data.sft.path={files['sft']}" in said
+
+
+WAITING = """
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+def length(prompts, responses, **columns):
+    if (HERE / "wait").exists() and list(HERE.glob("out/checkpoints/ppo/step-1.ckpt")):
+        (HERE / "waiting").touch()
+        time.sleep(60)
+    return [len(response) for response in responses]
+"""
+
+
+def test_ctrl_c_within_a_stage_says_what_is_kept_and_the_command_it_names_goes_on_there(
+    ppo_alone: list[str], files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rewards.py").write_text(WAITING)
+    (tmp_path / "wait").touch()
+    own = [f"data.sft.path={files['sft']}", "trainer.ppo.max_steps=3", "callbacks.checkpoint.every_n_train_steps=1"]
+    command = [sys.executable, "-m", "rlhf_lightning.cli.main", "pipeline", *ppo_alone, *own]
+    # A suite that was started in the background ignores SIGINT, and so would the run.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "waiting").exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(process.communicate()[1])
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    last = tmp_path / "out" / "checkpoints" / "ppo" / "step-1.ckpt"
+    assert f"the last checkpoint is {last}; go on from it with" in errors
+    (again,) = [shlex.split(line) for line in errors.splitlines() if line.startswith("  rlhf pipeline")]
+    (tmp_path / "wait").unlink()
+    assert run_verb("pipeline", again[2:]) == 0
+    said = capsys.readouterr().out
+    assert "=== sft: complete already, skipped" in said
+    assert f"goes on from {last}" in said
+    assert report(tmp_path / "out")["curves"]["ppo"]["ppo/score"]["step"] == [1, 2, 3]

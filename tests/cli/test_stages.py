@@ -80,6 +80,39 @@ def test_a_lost_output_runs_the_stage_again_and_forgets_what_follows(
     assert records.read("ppo") is None
 
 
+@pytest.mark.parametrize("lost", ["config.json", "part/weights"])
+def test_a_lost_file_of_an_output_runs_the_stage_again(
+    lost: str, records: Records, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+
+    def writes() -> dict[str, Any]:
+        (folder / "part").mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "part/weights"):
+            (folder / name).touch()
+        return {}
+
+    def said() -> str:
+        run_stage(records, "sft", {}, writes, outputs=[folder], before=[])
+        return capsys.readouterr().out
+
+    said()
+    assert "complete already" in said()
+    (folder / lost).unlink()
+    assert f"{folder / lost} is gone, so it and what follows run again" in said()
+    assert (folder / lost).exists()
+
+
+def test_a_record_of_a_version_that_named_no_files_still_counts(
+    run: Callable[..., dict[str, Any]], records: Records, body: Body
+) -> None:
+    first = run()
+    del first["files"]
+    records.write("sft", first)
+    run()
+    assert body.runs == 1
+
+
 def test_a_changed_input_runs_the_stage_again(run: Callable[..., dict[str, Any]], body: Body, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     for content, runs in (("a", 1), ("a", 1), ("b", 2)):

@@ -30,8 +30,12 @@ def test_the_override_to_blame_is_named_with_the_nearest_real_one(overrides: lis
 
 
 def test_a_setting_of_no_stage_of_the_pipeline_is_answered_with_the_nearest() -> None:
-    said = explain(ValueError(""), "pipeline", [], ["module.sft.betta=1", "experiment=world"])
-    assert said.startswith("module.sft.betta is not a setting of `rlhf pipeline`")
+    said = explain(ValueError(""), "pipeline", [], ["module.sft.leraning_rate=1", "experiment=world"])
+    assert (
+        said == "module.sft.leraning_rate is not a setting of `rlhf pipeline`; did you mean module.sft.learning_rate?"
+    )
+    said = explain(ValueError(""), "pipeline", [], ["experiment=world", "module.ppo.betta=1"])
+    assert said == "module.ppo.betta is not a setting of `rlhf pipeline`; did you mean module.ppo.beta?"
 
 
 def test_where_nothing_is_found_hydra_speaks() -> None:

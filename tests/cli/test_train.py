@@ -56,7 +56,7 @@ def test_fine_tuning_writes_model_log_checkpoint_and_config(
     assert {"sft/loss", "sft/val_loss"} <= logged("out")
     assert checkpoint("last", "out") is not None
     composed = OmegaConf.load("out/.hydra/config.yaml")
-    assert composed.network.pretrained == str(tiny_model)  # type: ignore[union-attr]
+    assert composed.network.pretrained == str(tiny_model)
     assert str(Path("out").absolute()) in capsys.readouterr().out
 
 
@@ -124,8 +124,15 @@ def test_sweep_gives_each_job_its_own_directory(tiny_model: Path) -> None:
     assert weights[0] != weights[1]
 
 
-def test_offline_run_of_wandb_holds_config_metrics_and_samples(
-    tiny_model: Path, wandb_records: Callable[[Path], list[Any]]
+def without_an_account(home: Path) -> dict[str, str]:
+    """Return an environment in which W&B has no setting, knows no account and reaches no network."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    return kept | nowhere | {"HOME": str(home), "NETRC": str(home / "netrc")}
+
+
+def test_offline_run_of_wandb_needs_no_account_and_holds_names_config_metrics_and_samples(
+    tiny_model: Path, tmp_path: Path, wandb_records: Callable[[Path], list[Any]]
 ) -> None:
     arguments = [
         "module=ppo",
@@ -139,30 +146,38 @@ def test_offline_run_of_wandb_holds_config_metrics_and_samples(
         "trainer.max_steps=2",
         "logger=wandb",
         "logger.offline=true",
+        "logger.project=alignment",
+        "logger.entity=lab",
+        "logger.name=first",
+        "logger.tags=[tiny,numbers]",
         "output_dir=out",
         *QUIET,
     ]
-    assert run_verb("train", arguments) == 0
-    (run,) = Path("out").glob("wandb/offline-run-*")
-    records = wandb_records(run)
+    command = [sys.executable, "-m", "rlhf_lightning.cli.main", "train", *arguments]
+    result = subprocess.run(command, env=without_an_account(tmp_path), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    (folder,) = Path("out").glob("wandb/offline-run-*")
+    records = wandb_records(folder)
+    (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+    assert (run.project, run.entity, run.display_name) == ("alignment", "lab", "first")
+    assert set(run.tags) == {"tiny", "numbers"}
     settings = [item for record in records for item in [*record.config.update, *record.run.config.update]]
     config = {item.key: json.loads(item.value_json) for item in settings if not item.key.startswith("_")}
     assert config["module"]["beta"] == 0.125
     logged_names = {item.key or "/".join(item.nested_key) for record in records for item in record.history.item}
     assert {"ppo/score", "ppo/kl", "samples/path"} <= logged_names
-    (table,) = run.glob("files/media/table/samples*.table.json")
-    columns = json.loads(table.read_text(encoding="utf-8"))["columns"]
-    assert {"prompt", "response", "score"} <= set(columns)
+    (table,) = folder.glob("files/media/table/samples*.table.json")
+    samples = json.loads(table.read_text(encoding="utf-8"))
+    assert {"prompt", "response", "score"} <= set(samples["columns"])
+    assert samples["data"]
 
 
 def test_wandb_without_an_account_is_an_input_error(tiny_model: Path, tmp_path: Path) -> None:
     # In a process of its own: wandb reads its settings once.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
     command = [sys.executable, "-m", "rlhf_lightning.cli.main", "train", f"network.pretrained={tiny_model}"]
     result = subprocess.run(
         [*command, "data.path=rows.jsonl", "logger=wandb", *QUIET],
-        env=environment,
+        env=without_an_account(tmp_path),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -171,6 +186,26 @@ def test_wandb_without_an_account_is_an_input_error(tiny_model: Path, tmp_path: 
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert "logger.offline=true" in result.stderr
+
+
+def test_run_logged_by_tensorboard_holds_metrics_and_config(tiny_model: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", "module.learning_rate=0.125", *QUIET]
+    assert run_verb("train", [*arguments, "logger=tensorboard", "output_dir=out"]) == 0
+    folder = Path("out/logs/version_0")
+    found = events.EventAccumulator(str(folder)).Reload()
+    assert {"sft/loss", "sft/val_loss"} <= set(found.Tags()["scalars"])
+    assert OmegaConf.load(folder / "hparams.yaml").module.learning_rate == 0.125
+
+
+def test_tensorboard_that_is_not_installed_is_an_input_error_that_names_the_extra(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{name}", False)
+    arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", "output_dir=out", *QUIET]
+    assert run_verb("train", [*arguments, "logger=tensorboard"]) == 2
+    assert "pip install rlhf-lightning[tensorboard]" in capsys.readouterr().err
 
 
 def test_setting_that_the_trainer_refuses_is_an_input_error(
