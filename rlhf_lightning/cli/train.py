@@ -79,10 +79,20 @@ def _fit(settings: Config, ckpt_path: str | None) -> float | None:
 
 
 def build_trainer(settings: Config, more_callbacks: "Sequence[Callback]" = ()) -> "Trainer":
-    """Return the Trainer with the callbacks and loggers of the settings, and ``more_callbacks`` behind them."""
+    """Return the Trainer with the callbacks and loggers of the settings, and ``more_callbacks`` behind them.
+
+    There is a progress bar where both ``callbacks.progress`` and ``trainer.enable_progress_bar`` say so.
+    """
+    from lightning.pytorch.callbacks import ProgressBar
+
     callbacks = [*build_all("callbacks", settings["callbacks"]).values(), *more_callbacks]
     loggers = list(build_all("logger", settings["logger"]).values())
     node = settings["trainer"]
+    bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+    if not (bars and node.get("enable_progress_bar", True)):
+        # Lightning would add a bar of its own, or refuse the one that is there.
+        callbacks = [callback for callback in callbacks if callback not in bars]
+        node = node | {"enable_progress_bar": False}
     if "log_every_n_steps" in node and node["log_every_n_steps"] is None:
         # A rollout takes as long as many steps of the other stages.
         node = node | {"log_every_n_steps": 1 if is_ppo(settings["module"]) else STEPS_BETWEEN_ROWS}

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import OmegaConf
 
 from rlhf_lightning.cli.application import run_verb
@@ -364,3 +365,15 @@ def test_the_same_ppo_run_on_two_processes_with_a_part_of_the_weights_each(tiny_
     assert len(list(Path("out/checkpoints/last.ckpt").glob("*.distcp"))) == 2
     before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tiny_model, "out/model"))
     assert any(not before[name].equal(after[name]) for name in before)
+
+
+@pytest.mark.parametrize(("progress", "enabled", "bars"), [(True, True, 1), (False, True, 0), (True, False, 0)])
+def test_a_bar_is_shown_where_nothing_turns_it_off(progress: bool, enabled: bool, bars: int) -> None:
+    settings = {
+        "module": {"_target_": "rlhf_lightning.modules.SFTModule"},
+        "trainer": {"_target_": "lightning.Trainer", "accelerator": "cpu", "enable_progress_bar": enabled},
+        "callbacks": {"progress": {"_target_": "rlhf_lightning.callbacks.ProgressBar"} if progress else None},
+        "logger": None,
+    }
+    callbacks = build_trainer(settings).callbacks  # type: ignore[attr-defined]
+    assert len([callback for callback in callbacks if isinstance(callback, ProgressBar)]) == bars
