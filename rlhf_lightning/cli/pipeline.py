@@ -181,6 +181,8 @@ class Pipeline:
         module = self.settings["module"]
         stages = [stage for stage in module if self.records.read(stage) is None]
         data = {stage: rehearse(stage, self.settings) for stage in stages}
+        # A package that a logger lacks is told here; nothing is written before the first value.
+        build_all("logger", self.settings["logger"])
         if self.world is not None or not stages:
             return
         tokenizer = load_tokenizer(build("network", next(iter(module.values()))["model"]))
