@@ -143,6 +143,13 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+@pytest.fixture
+def without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Lightning find neither of the packages that write TensorBoard's files."""
+    for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{name}", False)
+
+
 @pytest.fixture(scope="session")
 def wandb_records() -> Callable[[Path], list[Any]]:
     """A function that returns the records of a finished offline run of Weights & Biases from the run's folder."""

@@ -1,4 +1,4 @@
-"""What a Trainer may carry beside the modules: checkpoints, export, sample tables, monitors, history, a bar."""
+"""What a Trainer may carry beside the modules: checkpoints, export, samples, monitors, history, throughput, a bar."""
 
 from rlhf_lightning.callbacks.checkpoint import ResumeCheckpoint
 from rlhf_lightning.callbacks.checkpoint_file import AtomicCheckpointIO, checkpoints, newest_whole

@@ -6,6 +6,7 @@ import pickle
 import signal
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,7 +104,8 @@ def fault(checkpoint: Path) -> str | None:
     try:
         with zipfile.ZipFile(checkpoint) as archive:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
+        # A changed header can ask for another alphabet, a password or a compression that there is not.
         return f"torn, or no checkpoint ({error})"
     return None if broken is None else f"corrupted: the checksum of {broken} does not fit"
 

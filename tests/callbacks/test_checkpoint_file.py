@@ -46,6 +46,22 @@ def test_a_changed_bit_that_torch_reads_without_a_word_is_recognised(path: Path)
     assert "corrupted: the checksum of" in str(fault(path))
 
 
+def test_no_changed_bit_is_more_than_a_fault(tmp_path: Path) -> None:
+    path = tmp_path / "small.ckpt"
+    torch.save({"weights": torch.arange(3.0)}, path)
+    content = path.read_bytes()
+    found = []
+    for place in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        found.append(fault(path))
+    # A bit of a date or of what fills up a record changes nothing.
+    assert {None} < set(found)
+    for reason in ("encrypted", "codec can't decode", "decompressing", "compression", "checksum"):
+        assert any(reason in str(one) for one in found), reason
+
+
 def test_a_folder_of_shards_is_whole_when_its_last_file_is(tmp_path: Path) -> None:
     folder = tmp_path / "step-3.ckpt"
     folder.mkdir()

@@ -595,11 +595,10 @@ def test_ctrl_c_within_a_stage_says_what_is_kept_and_the_command_it_names_goes_o
     assert report(tmp_path / "out")["curves"]["ppo"]["ppo/score"]["step"] == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("without_tensorboard")
 def test_a_logger_that_lacks_its_package_is_refused_before_the_first_stage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
-        monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{name}", False)
     assert run_verb("pipeline", [*TINY, f"output_dir={tmp_path}", "logger=tensorboard"]) == 2
     assert "pip install rlhf-lightning[tensorboard]" in capsys.readouterr().err
     assert not list(tmp_path.glob("stages/*.json"))

@@ -199,11 +199,10 @@ def test_run_logged_by_tensorboard_holds_metrics_and_config(tiny_model: Path) ->
     assert OmegaConf.load(folder / "hparams.yaml").module.learning_rate == 0.125
 
 
+@pytest.mark.usefixtures("without_tensorboard")
 def test_tensorboard_that_is_not_installed_is_an_input_error_that_names_the_extra(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
-        monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{name}", False)
     arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", "output_dir=out", *QUIET]
     assert run_verb("train", [*arguments, "logger=tensorboard"]) == 2
     assert "pip install rlhf-lightning[tensorboard]" in capsys.readouterr().err
