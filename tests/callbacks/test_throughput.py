@@ -319,7 +319,7 @@ def test_noise_is_drawn_from_nothing_that_training_draws_from(tiny_model: Path, 
 
 def test_phases_add_up_to_the_step_and_the_shares_to_one(tiny_model: Path, tmp_path: Path) -> None:
     watch = Watch()
-    module = PPOModule(str(tiny_model), **{**SMALL, "max_new_tokens": 48, "ppo_epochs": 4, "minibatch_size": 1})
+    module = PPOModule(str(tiny_model), **{**SMALL, "max_new_tokens": 48, "ppo_epochs": 16, "minibatch_size": 1})
     fit(module, prompts(), tmp_path, watch)
     for row, seconds in zip(logged(tmp_path), watch.seconds, strict=True):
         assert all(row[f"seconds_{phase}"] > 0 for phase in PHASES)
