@@ -408,7 +408,8 @@ class PPOModule(LanguageModule):
         """
         rollout = self.scored_rollout
         assert rollout is not None
-        read = Reading.of(rollout.attention_mask, rollout.response_mask)
+        read = Reading.of(rollout.attention_mask, rollout.response_mask, ends_are_read=True)
+        scored = Reading.of(rollout.attention_mask, torch.zeros_like(rollout.response_mask), ends_are_read=True)
         texts = [Reading.of(text.attention_mask, text.loss_mask) for text in self._texts]
         tokens = torch.stack([read.tokens, *(text.tokens for text in texts)]).sum()
         if self.flops is None:
@@ -419,7 +420,9 @@ class PPOModule(LanguageModule):
         if not self.rescore:
             # On one trunk the critic reads it in place of the policy, and needs no vocabulary.
             scoring = [*([replace(trained[0], head=0)] if self.shares_trunk else []), *trained[1:]]
-        parts = [trained[0].forward(read), *(sizes.forward(read) for sizes in (*scoring, *frozen))]
+        reference, *reward_models = frozen
+        parts = [sizes.forward(read) for sizes in (trained[0], *scoring, reference)]
+        parts += [sizes.forward(scored) for sizes in reward_models]
         parts += [passes * sizes.training(read) for sizes in trained]
         parts += [trained[0].training(text) for text in texts]
         return Work(tokens, sum(parts[1:], start=parts[0]), sampled_tokens=read.predicted)

@@ -224,7 +224,8 @@ class RewardModule(LanguageModule):
 
     def work(self, batch: ComparisonBatch) -> Work:
         """Return how many tokens were read and trained on, prompts with each of their responses, and the operations."""
-        read = Reading.of(batch.attention_mask, batch.response_mask & (batch.ranks == 0).unsqueeze(1))
+        predicted = self._predicting(batch)
+        read = Reading.of(batch.attention_mask, predicted, ends_are_read=True)
         return Work(read.tokens, None if self.flops is None else self.flops.training(read))
 
     def on_train_batch_start(self, batch: ComparisonBatch, batch_idx: int) -> None:
@@ -245,8 +246,9 @@ class RewardModule(LanguageModule):
         """Return the score of each row, and of the best rows the log-probability of each response token, if needed."""
         if packed is None:
             return self._read_alone(batch)
-        states = last_hidden_state(self.reward_model.base_model, packed)
         last = last_index(batch.attention_mask).unsqueeze(1)
+        read = self._predicting(batch).scatter(1, last, True)
+        states = last_hidden_state(self.reward_model.base_model, packed, read=read)
         ends = states[packed.rows, packed.columns.gather(1, last)].squeeze(1)
         found = scalar_head(self.reward_model)(ends).squeeze(-1).float()
         if not self.lm_coef:
@@ -254,11 +256,19 @@ class RewardModule(LanguageModule):
         best = batch.ranks == 0
         return found, self._best_logprobs(states[packed.rows[best], packed.columns[best]], batch)
 
+    def _predicting(self, batch: ComparisonBatch) -> Bool[Tensor, "B T"]:
+        """Return which states predict a token of the next-token loss."""
+        read = torch.zeros_like(batch.attention_mask)
+        if self.lm_coef:
+            read[:, :-1] = batch.response_mask[:, 1:] & (batch.ranks == 0).unsqueeze(1)
+        return read
+
     def _read_alone(self, batch: ComparisonBatch) -> tuple[Float[Tensor, " B"], Float[Tensor, " N"]]:
         if not self.lm_coef:
             found = sequence_scores(self.reward_model, batch.tokens, batch.attention_mask, use_cache=False)
             return found, found.new_empty(0)
-        found, states = scores_and_states(self.reward_model, batch.tokens, batch.attention_mask)
+        read = self._predicting(batch)
+        found, states = scores_and_states(self.reward_model, batch.tokens, batch.attention_mask, read=read)
         return found, self._best_logprobs(states[batch.ranks == 0], batch)
 
     @torch.no_grad()

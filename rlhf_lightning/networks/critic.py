@@ -54,9 +54,15 @@ class Critic(nn.Module):
         keep_fine(self.head)
         return self
 
-    def forward(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """Return the value of the state after each token, in at least float32."""
-        hidden = last_states(self.backbone, tokens, attention_mask, position_ids=position_ids(attention_mask))
+    def forward(
+        self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], read: Bool[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T"]:
+        """Return the value of the state after each token, in at least float32.
+
+        Those that are not ``read`` mean nothing; None reads all.
+        """
+        positions = position_ids(attention_mask)
+        hidden = last_states(self.backbone, tokens, attention_mask, position_ids=positions, read=read)
         # A copy: FSDP2 hangs its hooks on the output, which a view could lose.
         return at_least_float32(self.head(hidden).squeeze(-1).clone())
 
@@ -78,28 +84,37 @@ class TrunkCritic(nn.Module):
         self._read: _Read | None = None
         policy.base_model.register_forward_hook(self._keep, with_kwargs=True)
 
-    def forward(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """Return the value of the state after each token, in at least float32."""
-        read, self._read = self._read, None
-        if read is None or not read.is_of(tokens, attention_mask):
-            hidden = last_states(self._body[0], tokens, attention_mask, position_ids=position_ids(attention_mask))
+    def forward(
+        self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], read: Bool[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T"]:
+        """Return the value of the state after each token, in at least float32.
+
+        Those that are not ``read`` mean nothing; None reads all.
+        """
+        before, self._read = self._read, None
+        if before is None or not before.is_of(tokens, attention_mask, read):
+            positions = position_ids(attention_mask)
+            hidden = last_states(self._body[0], tokens, attention_mask, position_ids=positions, read=read)
             self._read = None
         else:
-            hidden = read.hidden
+            hidden = before.hidden
         return at_least_float32(self.head(hidden).squeeze(-1))
 
     def _keep(self, body: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         # Not while sampling, where each step reads one token.
         if kwargs["use_cache"] is not False:
             return
-        hidden = output.last_hidden_state
+        from rlhf_lightning.networks.last_block import states_being_read
+
+        hidden, made = output.last_hidden_state, states_being_read()
         sequences = kwargs.get("sequences")
         if sequences is not None and sequences.padded is not None:
             tokens, mask = sequences.padded.tokens, sequences.padded.attention_mask
             hidden = sequences.padded.spread(hidden)
+            made = None if made is None else sequences.padded.spread(made.unsqueeze(-1)).squeeze(-1)
         else:
             tokens, mask = args[0] if args else kwargs["input_ids"], kwargs["attention_mask"]
-        self._read = _Read(tokens, mask, hidden, torch.is_grad_enabled())
+        self._read = _Read(tokens, mask, hidden, made, torch.is_grad_enabled())
 
 
 @dataclass(frozen=True)
@@ -109,12 +124,16 @@ class _Read:
     tokens: Tensor
     attention_mask: Tensor
     hidden: Tensor
+    made: Tensor | None
+    """(B, T) bool, the states that mean something; None: all of real tokens."""
     with_gradient: bool
 
-    def is_of(self, tokens: Tensor, attention_mask: Tensor) -> bool:
-        """Return whether these are the states of the same tokens, as they are wanted now."""
+    def is_of(self, tokens: Tensor, attention_mask: Tensor, read: Tensor | None) -> bool:
+        """Return whether these are the states of the same tokens, those among them that are to be read."""
+        wanted = attention_mask if read is None else read & attention_mask
         return (
-            self.tokens is tokens
+            (self.made is None or not (wanted & ~self.made).any())
+            and self.tokens is tokens
             and self.with_gradient == torch.is_grad_enabled()
             and torch.equal(self.attention_mask.bool(), attention_mask)
         )

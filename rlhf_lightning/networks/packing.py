@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks.attending import attending
 from rlhf_lightning.networks.by_sequence import BY_SEQUENCE, Beginnings, Sequences, attends_by_sequence
+from rlhf_lightning.networks.last_block import reading_states
 
 LARGEST_MOVE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.02}
 """What reading several sequences in one row may move scores and log-probabilities by, by the precision."""
@@ -165,9 +166,15 @@ def reading(network: nn.Module, packed: Packed) -> Iterator[dict[str, Any]]:
     yield told
 
 
-def last_hidden_state(body: nn.Module, packed: Packed) -> Float[Tensor, "N S H"]:
-    """Return the last hidden states of a transformer's body."""
-    with reading(body, packed) as told:
+def last_hidden_state(
+    body: nn.Module, packed: Packed, *, read: Bool[Tensor, "B T"] | None = None
+) -> Float[Tensor, "N S H"]:
+    """Return the last hidden states of a body; those that are not ``read`` mean nothing, None reads all."""
+    places = None
+    if read is not None:
+        places = torch.zeros_like(packed.tokens, dtype=torch.bool)
+        places[packed.rows.expand_as(packed.columns)[read], packed.columns[read]] = True
+    with reading(body, packed) as told, reading_states(body, places):
         hidden: Tensor = body(input_ids=packed.tokens, use_cache=False, **told).last_hidden_state
     return hidden
 

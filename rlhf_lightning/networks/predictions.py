@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rlhf_lightning.functional.head_logprobs import head_logprobs, head_logprobs_and_entropy, total_logprob
 from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
 from rlhf_lightning.functional.precision import at_least_float32
+from rlhf_lightning.networks.last_block import reading_states
 from rlhf_lightning.networks.plain_head import plain_head
 from rlhf_lightning.networks.unpadded import last_states
 
@@ -65,9 +67,12 @@ def predictions(
     *,
     position_ids: Int[Tensor, "B T"] | None = None,
     longest: int | None = None,
+    read: Bool[Tensor, "B T"] | None = None,
     **more: Any,
 ) -> Predictions:
     """Return what predicts the tokens that are counted, row by row; the first of a row must not be.
+
+    ``read`` are the states that somebody reads, those before counted tokens among them, which are all where it is None.
 
     The mask is None where a row holds several sequences, whose ``position_ids`` begin anew; ``more`` is what the
     network is told besides. Where the output layer is no plain linear layer the network makes logits for all tokens, or
@@ -88,10 +93,14 @@ def predictions(
         logits: Tensor = model(**inputs).logits
         left_out = tokens.shape[1] - logits.shape[1]
         return Predictions(chosen, None, None, at_least_float32(logits[row, column - left_out]))
+    if read is None:
+        read = torch.zeros_like(counted)
+        read[:, :-1] = counted[:, 1:]
     if attention_mask is None or more:
-        hidden: Tensor = model.base_model(**inputs).last_hidden_state
+        with reading_states(model.base_model, read):
+            hidden: Tensor = model.base_model(**inputs).last_hidden_state
     else:
-        hidden = last_states(model.base_model, tokens, attention_mask, position_ids=position_ids)
+        hidden = last_states(model.base_model, tokens, attention_mask, position_ids=position_ids, read=read)
     # By numbers of rows: the backward of a choice by mask adds up number by number.
     states = hidden.flatten(0, 1).index_select(0, row * tokens.shape[1] + column)
     return Predictions(chosen, states, head, None)

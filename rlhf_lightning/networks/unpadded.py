@@ -38,33 +38,40 @@ def last_states(
     attention_mask: Bool[Tensor, "B T"],
     *,
     position_ids: Int[Tensor, "B T"] | None = None,
+    read: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H"]:
-    """Return the last hidden states of sequences; those of padding mean nothing.
+    """Return the last hidden states of sequences; those of padding, and those that are not ``read``, mean nothing.
 
     On a CPU, where it is faster, the real tokens alone are read if the network attends by sequence; their positions are
-    counted from 0 then. ``position_ids`` are what it is told otherwise.
+    counted from 0 then. ``position_ids`` are what it is told otherwise. None reads all states.
     """
+    from rlhf_lightning.networks.last_block import reading_states
+
+    read = None if read is None else read & attention_mask
     if leaves_padding_out(body, attention_mask):
-        found = _without_padding(body, tokens, attention_mask)
+        found = _without_padding(body, tokens, attention_mask, read)
         if found is not None:
             return found
     network: Any = body
     inputs = {} if position_ids is None else {"position_ids": position_ids}
-    hidden: Tensor = network(
-        input_ids=tokens, attention_mask=attention_mask.long(), use_cache=False, **inputs
-    ).last_hidden_state
+    with reading_states(body, read):
+        hidden: Tensor = network(
+            input_ids=tokens, attention_mask=attention_mask.long(), use_cache=False, **inputs
+        ).last_hidden_state
     return hidden
 
 
-def _without_padding(body: nn.Module, tokens: Tensor, attention_mask: Tensor) -> Tensor | None:
+def _without_padding(body: nn.Module, tokens: Tensor, attention_mask: Tensor, states: Tensor | None) -> Tensor | None:
     """Return the states, None where not every layer of the network was told of the sequences."""
     from rlhf_lightning.networks.attending import attending
     from rlhf_lightning.networks.by_sequence import BY_SEQUENCE, Padded, was_told_to_every_layer
+    from rlhf_lightning.networks.last_block import reading_states
 
     network: Any = body
     padded = Padded(tokens, attention_mask, attention_mask.flatten().nonzero().squeeze(1))
     sequences = replace(one_row(attention_mask.sum(dim=1)), padded=padded)
-    with attending(body, BY_SEQUENCE):
+    of_row = None if states is None else states[attention_mask].unsqueeze(0)
+    with attending(body, BY_SEQUENCE), reading_states(body, of_row):
         read: Tensor = network(
             input_ids=tokens[attention_mask].unsqueeze(0),
             position_ids=count(attention_mask)[attention_mask].unsqueeze(0),
@@ -91,6 +98,15 @@ def one_row(lengths: Int[Tensor, " B"]) -> "Sequences":
         fill=number[:0],
         not_kept=number[~kept.view(-1)],
     )
+
+
+def leaves_something_out(body: nn.Module, attention_mask: Bool[Tensor, "B T"]) -> bool:
+    """Return whether `last_states` does less than to call the body, where a part of the states is read."""
+    from rlhf_lightning.networks.last_block import makes_some_states
+
+    if _padding_is_read.get():
+        return False
+    return leaves_padding_out(body, attention_mask) or makes_some_states(body)
 
 
 def leaves_padding_out(network: nn.Module, attention_mask: Bool[Tensor, "B T"]) -> bool:

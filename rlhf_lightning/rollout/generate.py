@@ -1,7 +1,6 @@
 """From prompts to a rollout: responses sampled token by token."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.functional.masking import through_first
 from rlhf_lightning.networks.attending import sees_all
+from rlhf_lightning.networks.modes import evaluating
 from rlhf_lightning.networks.sharding import is_sharded, waits_for_others
 from rlhf_lightning.rollout.by_transformers import sample_by_transformers
 from rlhf_lightning.rollout.draw import noise
@@ -116,19 +116,6 @@ def sample_tokens(
     tokens = torch.where(behind & ended.any(dim=1, keepdim=True), last, tokens)
     longest = int(lengths.max())
     return Sampled(tokens[:, :longest], logprobs[:, :longest])
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Hold the block with all parts of the network in evaluation mode, and give each its own mode back."""
-    in_training = [part for part in network.modules() if part.training]
-    for part in in_training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in in_training:
-            part.training = True
 
 
 def decode(tokenizer: "PreTrainedTokenizerBase", tokens: Int[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> list[str]:

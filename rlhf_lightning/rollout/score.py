@@ -33,6 +33,8 @@ def response_predictions(
         counted,
         position_ids=position_ids(attention_mask),
         longest=tokens.shape[1] - int(response_starts.min()),
+        # A critic on the same trunk reads the states behind the tokens, too.
+        read=place >= -1,
     )
 
 
@@ -54,9 +56,10 @@ def response_values(
     The value of the state before the token at t is read at t - 1. Behind the end of a row that of its last column is
     repeated.
     """
-    values: Tensor = critic(tokens, attention_mask)
     states = torch.arange(length + 1, device=tokens.device) + response_starts.unsqueeze(1) - 1
-    return values.gather(1, states.clamp(max=tokens.shape[1] - 1))
+    states = states.clamp(max=tokens.shape[1] - 1)
+    values: Tensor = critic(tokens, attention_mask, torch.zeros_like(attention_mask).scatter(1, states, True))
+    return values.gather(1, states)
 
 
 @torch.no_grad()

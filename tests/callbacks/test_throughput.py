@@ -241,7 +241,8 @@ def test_the_operations_of_ppo_are_those_of_the_networks_that_read(
     assert module.flops is not None
     rollout = module.scored_rollout
     assert rollout is not None
-    sampling = module.flops[0][0].forward(Reading.of(rollout.attention_mask, rollout.response_mask))
+    reading = Reading.of(rollout.attention_mask, rollout.response_mask, ends_are_read=True)
+    sampling = module.flops[0][0].forward(reading)
     flops = module.work(rollout).flops
     assert flops is not None
     assert float(flops - sampling) == pytest.approx(module.scoring + module.updating, rel=2e-3)
@@ -264,7 +265,7 @@ def test_texts_beside_the_rollouts_are_counted(tiny_model: Path, tmp_path: Path)
     text = torch.tensor(LENGTHS)
     # Of a demonstration the response is predicted, with its end token.
     predicted = torch.tensor(sum(len(response) + 1 for response in RESPONSES))
-    reading = Reading(text.sum(), text.square().sum(), predicted)
+    reading = Reading(text.sum(), text.square().sum(), predicted, predicted)
     assert float(read - without) == pytest.approx(4 * float(module.flops[0][0].training(reading)), rel=1e-5)
 
 

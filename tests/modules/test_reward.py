@@ -265,9 +265,9 @@ LOOK = (2, 3)
         ("sdpa", {}, [LOOK, (1, 51), (1, 51)]),
         ("sdpa", {"packing": True}, [(1, 4), (2, 13), (1, 51), LOOK, (1, 51)]),
         ("sdpa", {"packing": True, "share_prompts": True}, [(1, 43), (13, 13), (1, 43), LOOK, (1, 51)]),
-        ("eager", {}, [(13, 13), (13, 13)]),
-        ("eager", {"packing": True}, [(1, 4), (2, 13), (6, 10), (13, 13)]),
-        ("eager", {"packing": True, "share_prompts": True}, [(4, 12), (13, 13), (4, 12), (13, 13)]),
+        ("eager", {}, [LOOK, (13, 13), (13, 13)]),
+        ("eager", {"packing": True}, [(1, 4), (2, 13), (6, 10), LOOK, (13, 13)]),
+        ("eager", {"packing": True, "share_prompts": True}, [(4, 12), (13, 13), (4, 12), LOOK, (13, 13)]),
     ],
 )
 def test_training_reads_rows_where_they_are_asked_for_and_validation_no_padding_where_it_can_be_left_out(

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,18 +83,24 @@ def test_padding_and_tokens_that_are_not_predicted_take_less() -> None:
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[1, 3:] = False
     read = Reading.of(mask, mask[:, 2:])
-    assert [int(x) for x in (read.tokens, read.squares, read.predicted)] == [8, 25 + 9, 4]
-    by_hand = 2 * (8 * network.weights + 4 * network.head) + 4 * network.attention * 34
+    assert [int(x) for x in vars(read).values()] == [8, 25 + 9, 4, 4]
+    by_hand = 2 * (8 * network.weights + 4 * (network.last + network.head)) + 4 * network.attention * 34
     assert int(network.forward(read)) == by_hand
+    assert network.last == 3 * 32 * 128
+    scored = Reading.of(mask, mask[:, 2:], ends_are_read=True)
+    assert int(network.forward(scored)) == by_hand + 2 * 2 * network.last
+    trained = 2 * (8 * network.weights + 6 * network.last + 4 * network.head)
+    assert int(network.training(scored)) == 2 * int(network.forward(scored)) + trained + 4 * network.attention * 34
 
 
 def test_a_critic_is_its_body_and_one_on_the_policys_trunk_next_to_nothing() -> None:
     policy = llama()
     body, head = sizes(policy.base_model), SIZES["hidden_size"]
     critic = sizes(Critic.from_policy(policy))
-    assert (critic.weights, critic.attention, critic.head) == (body.weights + head, body.attention, 0)
+    assert critic == replace(body, weights=body.weights + head, trained_weights=body.weights + head)
+    assert critic.head == 0
     trunk = sizes(TrunkCritic(policy, new_value_head(policy)))
-    assert trunk == Flops(weights=head, trained_weights=head, head=0, trained_head=0, attention=0)
+    assert trunk == Flops(head, head, last=0, trained_last=0, head=0, trained_head=0, attention=0)
 
 
 def test_quantised_layers_are_as_large_as_they_compute(wide_model: Any) -> None:
@@ -103,7 +110,15 @@ def test_quantised_layers_are_as_large_as_they_compute(wide_model: Any) -> None:
     quantised = sizes(load_policy(NetworkConfig(str(wide_model), quantization="nf4", lora=LoRA(r=2))))
     adapter = quantised.trained_weights
     assert 0 < adapter < plain.weights
-    assert (quantised.weights - adapter, quantised.head) == (plain.weights, plain.head)
+    assert 0 < quantised.trained_last < plain.last
+    assert quantised == replace(
+        plain,
+        weights=plain.weights + adapter,
+        trained_weights=adapter,
+        last=plain.last + quantised.trained_last,
+        trained_last=quantised.trained_last,
+        trained_head=0,
+    )
 
 
 def test_what_experts_take_is_not_known() -> None:

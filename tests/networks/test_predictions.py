@@ -98,9 +98,12 @@ def test_a_network_that_is_no_transformer_of_the_library_is_called_as_it_is(poli
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_the_vocabulary_is_computed_at_counted_tokens_only(kind: str, policy: Callable[..., Any]) -> None:
+def test_vocabulary_and_the_end_of_the_last_block_are_computed_at_counted_tokens_only(
+    kind: str, policy: Callable[..., Any]
+) -> None:
     network = policy(kind)
-    plain_head(network, takes_positions=False)
+    # The first look at a network reads, too.
+    predictions(network, TOKENS, MASK, COUNTED)
 
     def flops(counted: torch.Tensor) -> int:
         with FlopCounterMode(display=False) as counter:

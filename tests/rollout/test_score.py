@@ -52,8 +52,8 @@ def test_a_value_reads_the_state_before_its_token() -> None:
     class PositionCritic(torch.nn.Module):
         """Its value after each token is the position of that token."""
 
-        def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            return torch.arange(tokens.shape[1]).float().expand(tokens.shape)
+        def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+            return torch.arange(tokens.shape[1]).float().expand(tokens.shape).masked_fill(~read, torch.nan)
 
     tokens = torch.ones(2, 7, dtype=torch.long)
     found = response_values(PositionCritic(), tokens, tokens.bool(), torch.tensor([4, 2]), length=3)
