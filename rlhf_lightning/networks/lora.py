@@ -103,11 +103,14 @@ def inject(network: nn.Module, config: "LoraConfig") -> None:
     """Put adapters of this configuration into the network; all else is frozen, and a half-precision one is float32."""
     from peft import inject_adapter_in_model
 
+    from rlhf_lightning.networks.adapted_linear import lighten
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         inject_adapter_in_model(config, network, ADAPTER)
     for weight in adapter_weights(network).values():
         weight.data = at_least_float32(weight.data)
+    lighten(network)
     network.eval()
 
 

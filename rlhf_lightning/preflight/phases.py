@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rlhf_lightning.functional.masking import position_ids
 from rlhf_lightning.networks.attending import sees_all
 from rlhf_lightning.networks.embeddings import embeddings_and_heads
+from rlhf_lightning.networks.last_block import makes_some_states
 from rlhf_lightning.networks.plain_head import plain_head, plain_scalar_head
 from rlhf_lightning.networks.sharding import is_sharded
 from rlhf_lightning.preflight.allocations import PhaseMemory, allocated
@@ -19,12 +20,14 @@ from rlhf_lightning.preflight.memory import ADAMW_STATES, Estimate, RoleMemory, 
 from rlhf_lightning.rollout.draw import draw
 from rlhf_lightning.rollout.experience import MicroBatch
 from rlhf_lightning.rollout.generate import Sampler
-from rlhf_lightning.rollout.in_slots import MOST_SLOTS, READ_AT_ONCE
+from rlhf_lightning.rollout.in_slots import MOST_SLOTS, READ_AT_ONCE, read_prompts
 from rlhf_lightning.rollout.reward import ModelReward, Reward
 from rlhf_lightning.rollout.score import score_rows
 from rlhf_lightning.rollout.slots import Slots
 from rlhf_lightning.rollout.stand_ins import stand_ins
 from rlhf_lightning.types import ComparisonBatch, Experience, SFTBatch
+
+TO_SAMPLE: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
 
 Losses = Callable[[Experience], dict[str, Tensor]]
 
@@ -102,13 +105,16 @@ def ppo_memory(run: PPONetworks, device: torch.device, *, sequences: int, prompt
     }
     held = {role: network for role, network in networks.items() if network is not None}
     roles = roles_memory(held, device, optimizer=run.optimizer)
+    models = [] if run.reward is None else list(run.reward.models().values())
+    for model in models:
+        # What a score is made of, is seen from numbers, too.
+        plain_scalar_head(model.reward_model)
     new = run.max_new_tokens
     length = prompt_length + new
     most = run.micro_batch_size if run.micro_batch_tokens is None else max(1, run.micro_batch_tokens // length)
     rows = min(run.micro_batch_size, most, run.minibatch_size)
 
     def work() -> dict[str, PhaseMemory]:
-        models = [] if run.reward is None else list(run.reward.models().values())
         return {
             "sampling": sampling_memory(
                 run.policy,
@@ -189,9 +195,12 @@ def _estimate(
     networks = list(networks)
     if any(is_sharded(network) for network in networks):
         return Estimate(roles, {}, unknown="the weights lie in parts on several processes")
+    # What the output layer is, and what follows the last attention, is seen from numbers, once for each network.
     for network, takes_positions in product(networks, (False, True)):
-        # What the output layer is, is seen from numbers, once for each network.
         plain_head(network, takes_positions=takes_positions)
+    for part in (part for network in networks for part in network.modules()):
+        if sees_all(part):
+            makes_some_states(part)
     try:
         return Estimate(roles, work())
     except RuntimeError as error:
@@ -230,14 +239,9 @@ def sampling_memory(
     cache_size = 0
 
     def read(tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
-        output = network(
-            input_ids=tokens,
-            attention_mask=mask.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        inputs = {"attention_mask": mask.long(), "position_ids": positions, "past_key_values": cache}
+        is_of_slots = in_slots and cache is None
+        output = read_prompts(network, tokens, mask) if is_of_slots else network(tokens, **inputs, **TO_SAMPLE)
         # As much as the network's forward holds, so that it is gone when the next one begins.
         return output.past_key_values, output.logits[:, -1]
 

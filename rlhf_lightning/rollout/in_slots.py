@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rlhf_lightning.functional.masking import position_ids
+from rlhf_lightning.networks.last_block import reading_states
 from rlhf_lightning.rollout.draw import require_finite
 from rlhf_lightning.rollout.recording import recorder_of
 from rlhf_lightning.rollout.slots import Slots
@@ -38,6 +39,21 @@ def sample_in_slots(
     sampling = _Sampling(policy, prompt_tokens, prompt_mask, uniform, temperature, stop_tokens)
     sampling.run()
     return sampling.response, sampling.logprobs
+
+
+def read_prompts(policy: nn.Module, tokens: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"]) -> Any:
+    """Return what the network makes of prompts padded on the left: its cache, and the logits behind each (B, 1, V)."""
+    network: Any = policy
+    ends = torch.zeros_like(mask)
+    ends[:, -1] = True
+    with reading_states(network.base_model, ends):
+        return network(
+            input_ids=tokens,
+            attention_mask=mask.long(),
+            position_ids=position_ids(mask),
+            use_cache=True,
+            logits_to_keep=1,
+        )
 
 
 class _Sampling:
@@ -110,13 +126,7 @@ class _Sampling:
         # Padding is told apart by a token that no vocabulary has.
         distinct, which = torch.unique_consecutive(tokens.masked_fill(~mask, -1), return_inverse=True, dim=0)
         real = distinct != -1
-        output = self.policy(
-            input_ids=distinct.clamp(min=0),
-            attention_mask=real.long(),
-            position_ids=position_ids(real),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        output = read_prompts(self.policy, distinct.clamp(min=0), real)
         if not self.logprobs.numel():
             self._make_room(output.past_key_values)
         self.slots.let_in(

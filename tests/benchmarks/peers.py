@@ -1,10 +1,11 @@
 """This project against TRL and `transformers`: the same model, data, precision and updates, in turns, on one thread.
 
 `python tests/benchmarks/peers.py sft`, `reward`, `sampling` and `ppo`, with `--size a` or `b`, print a line of JSON
-each: medians of the turns' units (tokens, pairs, rollouts) per CPU-second, the largest memory of each process, and the
+each: medians of the turns' units (tokens, pairs, rollouts) per CPU-second, the largest memory of each way, and the
 ratios of ours to theirs. Each way runs in a process of its own and waits while another has its turn. First all find the
-loss of the same batch, and must agree. TRL is installed, once, into an environment of its own under `--environments`;
-where that fails the line holds `transformers` alone. docs/benchmarks.md holds what it printed.
+loss of the same batch, and must agree. Memory is that of two turns in a new process, which has checked nothing. TRL is
+installed, once, into an environment of its own under `--environments`; where that fails the line holds `transformers`
+alone. docs/benchmarks.md holds what it printed.
 """
 
 import argparse
@@ -249,7 +250,13 @@ def measure(workers: dict[str, Any], repeats: int, sequences: int) -> tuple[dict
         for _, (name, process) in product(range(repeats), processes.items()):
             turns[name].append(turn(process))
             print(name, round(turns[name][-1]["seconds"], 2), file=sys.stderr, flush=True)
-    return checked, {name: summary(found) for name, found in turns.items()}
+    found = {name: summary(of_way) for name, of_way in turns.items()}
+    for name, (python, script, run) in workers.items():
+        with worker(python, script, {**run, "is_checked": True}) as process:
+            alone = [turn(process) for _ in range(2)]
+        peak = max(x["peak"] for x in alone)
+        found[name] |= {"peak": round(peak, 1), "own": round(peak - alone[0]["before"], 1)}
+    return checked, found
 
 
 def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
@@ -257,8 +264,6 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
     found = {
         "seconds": statistics.median(x["seconds"] for x in turns),
         "rate": statistics.median(x["amount"] / x["seconds"] for x in turns),
-        "peak": turns[-1]["peak"],
-        "own": turns[-1]["peak"] - turns[-1]["before"],
     }
     return {name: round(x, 4) for name, x in found.items()} | (
         {"response_length": round(logged["ppo/response_length"], 1)} if "ppo/response_length" in logged else {}

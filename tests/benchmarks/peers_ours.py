@@ -34,7 +34,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     turns = Turns()
     work = globals()[run["stage"]]
-    work(turns, {**run, **run["first"], "check": True})
+    if not run.get("is_checked"):
+        work(turns, {**run, **run["first"], "check": True})
     work(turns, {**run, "check": False})
 
 

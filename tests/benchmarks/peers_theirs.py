@@ -28,7 +28,8 @@ def main() -> None:
     turns = Turns()
     work = globals()[run["stage"]]
     with tempfile.TemporaryDirectory() as folder:
-        work(turns, {**run, **run["first"], "check": True}, folder)
+        if not run.get("is_checked"):
+            work(turns, {**run, **run["first"], "check": True}, folder)
         work(turns, {**run, "check": False}, folder)
 
 

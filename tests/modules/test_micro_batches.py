@@ -41,7 +41,7 @@ def module(tokenizer: Any) -> PPOModule:
         vocab_size=258,
         hidden_size=128,
         intermediate_size=2048,
-        num_hidden_layers=2,
+        num_hidden_layers=4,
         num_attention_heads=2,
         pad_token_id=0,
         bos_token_id=None,

@@ -1,0 +1,103 @@
+"""CPU-seconds of a network's forward and backward with work that nobody needs, and without it.
+
+`python tests/benchmarks/spared.py` prints a JSON line for each kind of work and size, after a check that both ways
+find the same: medians of alternating runs of one thread, in seconds of its own CPU time. Scores read one state of each
+sequence, responses those of their half (`last_block`); adapters are added by `peft`'s layers, and in place
+(`adapted_linear`).
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
+
+from rlhf_lightning.networks import LoRA
+from rlhf_lightning.networks.adapted_linear import AdaptedLinear, lighten
+from rlhf_lightning.networks.lora import add_adapter, train_adapter
+from rlhf_lightning.networks.unpadded import last_states
+
+SIZES = {
+    "world": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "a": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8},
+}
+
+
+class Body(LlamaModel):
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sizes", nargs="*", default=[*SIZES])
+    parser.add_argument("--repeats", type=int, default=9)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for size in arguments.sizes:
+        for name, (before, after) in works(SIZES[size]).items():
+            line = {"work": name, "size": size} | compare(before, after, arguments.repeats)
+            print(json.dumps(line), flush=True)
+
+
+def works(size: dict[str, Any]) -> dict[str, tuple[Callable[[], float], Callable[[], float]]]:
+    """Return what is measured, both ways."""
+    torch.manual_seed(0)
+    body, adapted = (Body(LlamaConfig(**size, vocab_size=1024)).eval() for _ in range(2))
+    add_adapter(adapted, LoRA())
+    train_adapter(adapted)
+    tokens, lengths = torch.randint(2, 1024, (16, 96)), torch.randint(48, 96, (16, 1))
+    place = torch.arange(96)
+    mask = place < lengths
+    ends, responses = place == lengths - 1, mask & (place >= lengths // 2)
+
+    def work(network: Any, kept: Tensor, read: Tensor | None, using: Any = nullcontext) -> Callable[[], float]:
+        def once() -> float:
+            network.zero_grad()
+            with using(network):
+                loss = last_states(network, tokens, mask, read=read)[kept].square().mean()
+                loss.backward()
+            return float(loss.detach())
+
+        return once
+
+    return {
+        "scores": (work(body, ends, None), work(body, ends, ends)),
+        "responses": (work(body, responses, None), work(body, responses, responses)),
+        "adapters": (work(adapted, mask, None, with_layers_of_peft), work(adapted, mask, None)),
+    }
+
+
+@contextmanager
+def with_layers_of_peft(network: Any) -> Iterator[None]:
+    for layer in network.modules():
+        if isinstance(layer, AdaptedLinear):
+            layer.__class__ = Linear
+    yield
+    lighten(network)
+
+
+def compare(before: Callable[[], float], after: Callable[[], float], repeats: int) -> dict[str, float]:
+    """Return the medians of both ways."""
+    one, other = before(), after()
+    assert abs(one - other) < 1e-4 * abs(one), (one, other)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for way, taken in zip((before, after), seconds, strict=True):
+            start = time.process_time()
+            for _ in range(3):
+                way()
+            taken.append((time.process_time() - start) / 3)
+    whole, spared = (statistics.median(taken) for taken in seconds)
+    return {"whole": round(whole, 4), "spared": round(spared, 4), "ratio": round(whole / spared, 3)}
+
+
+if __name__ == "__main__":
+    main()
