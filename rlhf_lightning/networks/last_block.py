@@ -24,6 +24,9 @@ from rlhf_lightning.networks.compiling import is_compiled
 from rlhf_lightning.networks.modes import evaluating
 from rlhf_lightning.networks.sharding import blocks, is_sharded
 
+_parts: "WeakKeyDictionary[nn.Module, nn.Module | None]" = WeakKeyDictionary()
+"""Of each body, what `feed_forward` found: it looks at all layers, and bodies are called often."""
+
 _by_token: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 """Of each feed-forward part, whether what it makes of a token depends on that token alone."""
 
@@ -93,7 +96,9 @@ def _part_by_token(body: nn.Module) -> nn.Module | None:
     # What is compiled, made again in the backward, or gathered when it is called, is left as it is.
     if not on_cpu or is_compiled(body) or is_checkpointed(body) or is_sharded(body):
         return None
-    part = feed_forward(body)
+    if body not in _parts:
+        _parts[body] = feed_forward(body)
+    part = _parts[body]
     if part is None:
         return None
     if part not in _by_token and (found := _is_by_token(part, body)) is not None:
