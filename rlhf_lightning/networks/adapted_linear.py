@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
 from rlhf_lightning.networks.lora import ADAPTER
@@ -45,6 +46,9 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         if not is_plain or drops or trains_all or ADAPTER in self.lora_variant or torch.compiler.is_compiling():
             return None
         found: tuple[Any, ...] = (x, base.weight, base.bias, self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight)
+        # Factors that FSDP2 gathers by themselves are whole while their layers are called, and not before.
+        if any(isinstance(tensor, DTensor) for tensor in found):
+            return None
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             cast = torch.get_autocast_dtype(kind)

@@ -17,12 +17,13 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rlhf_lightning.networks.attending import sees_all
 from rlhf_lightning.networks.checkpointing import is_checkpointed
 from rlhf_lightning.networks.compiling import is_compiled
 from rlhf_lightning.networks.modes import evaluating
-from rlhf_lightning.networks.sharding import blocks, is_sharded
+from rlhf_lightning.networks.sharding import blocks
 
 _parts: "WeakKeyDictionary[nn.Module, nn.Module | None]" = WeakKeyDictionary()
 """Of each body, what `feed_forward` found: it looks at all layers, and bodies are called often."""
@@ -93,13 +94,14 @@ def feed_forward(network: nn.Module) -> nn.Module | None:
 def _part_by_token(body: nn.Module) -> nn.Module | None:
     """Return the part that may be given some of the tokens alone."""
     on_cpu = next(body.parameters()).device.type == "cpu"
-    # What is compiled, made again in the backward, or gathered when it is called, is left as it is.
-    if not on_cpu or is_compiled(body) or is_checkpointed(body) or is_sharded(body):
+    # What is compiled, or made again in the backward, is left as it is.
+    if not on_cpu or is_compiled(body) or is_checkpointed(body):
         return None
     if body not in _parts:
         _parts[body] = feed_forward(body)
     part = _parts[body]
-    if part is None:
+    # What lies in parts on several processes is whole when it is called, and not before.
+    if part is None or any(isinstance(weight, DTensor) for weight in part.parameters()):
         return None
     if part not in _by_token and (found := _is_by_token(part, body)) is not None:
         _by_token[part] = found

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import Linear
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_lightning.networks import LoRA, NetworkConfig, load_policy
 from rlhf_lightning.networks.adapted_linear import AdaptedLinear
 from rlhf_lightning.networks.lora import ADAPTER, adapted_layers, adapter_weights, add_adapter, merged_weights
+from rlhf_lightning.networks.sharding import shard
 
 IN, OUT = 12, 20
 
@@ -163,3 +166,29 @@ def test_a_network_is_what_it_is_with_its_adapter_merged(policy: Callable[..., A
     tokens = torch.tensor([[5, 9, 7, 30, 2]])
     found, expected = (one(input_ids=tokens).logits for one in (deepcopy(network), merged))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_factors_in_shards_of_their_own_are_gathered(
+    policy: Callable[..., Any], processes: Callable[..., list[Any]]
+) -> None:
+    def made() -> Any:
+        network = policy("llama").to(torch.bfloat16)
+        add_adapter(network, LoRA(r=2))
+        for weight in adapter_weights(network).values():
+            weight.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())) * 0.1
+        return network
+
+    def read(network: Any) -> Tensor:
+        # In one type, as the layers' own weights are.
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            return network(input_ids=torch.tensor([[5, 9, 7, 30, 2]]), use_cache=False).logits.float()
+
+    def work(rank: int) -> Tensor:
+        distributed.init_process_group("gloo")
+        network = made()
+        shard(network, init_device_mesh("cpu", (2,)))
+        assert all(isinstance(weight, DTensor) for weight in adapter_weights(network).values())
+        return read(network)
+
+    for logits in processes(2, work):
+        torch.testing.assert_close(logits, read(made()), rtol=0.05, atol=0.1)

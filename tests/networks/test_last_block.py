@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from rlhf_lightning.networks import LoRA
 from rlhf_lightning.networks.checkpointing import checkpoint_blocks
 from rlhf_lightning.networks.compiling import compile_body
-from rlhf_lightning.networks.critic import TrunkCritic, new_value_head
+from rlhf_lightning.networks.critic import Critic, TrunkCritic, new_value_head
 from rlhf_lightning.networks.last_block import feed_forward, makes_some_states, reading_states
 from rlhf_lightning.networks.lora import add_adapter, train_adapter
 from rlhf_lightning.networks.packing import last_hidden_state, pack
+from rlhf_lightning.networks.sharding import shard
 from rlhf_lightning.networks.unpadded import last_states
 
 TOKENS = torch.tensor([[5, 9, 7, 30, 2, 1, 0], [8, 4, 1, 0, 0, 0, 0], [40, 41, 42, 1, 3, 6, 2]])
@@ -154,3 +156,21 @@ def test_a_critic_on_the_trunk_takes_over_states_only_where_those_that_it_reads_
         kept = mask if read is None else read & mask
         torch.testing.assert_close(found[kept], expected[kept], rtol=1e-4, atol=1e-4)
         assert len(calls) == (1 if taken_over else 2)
+
+
+def test_a_critic_in_shards_makes_all_states_and_the_same_values(
+    policy: Callable[..., Any], processes: Callable[..., list[Any]]
+) -> None:
+    def work(rank: int) -> tuple[bool, bool, Tensor]:
+        distributed.init_process_group("gloo")
+        critic = Critic.from_policy(policy(), torch.Generator().manual_seed(0))
+        before = makes_some_states(critic.backbone)
+        shard(critic, init_device_mesh("cpu", (2,)))
+        with torch.no_grad():
+            return before, makes_some_states(critic.backbone), critic(TOKENS, MASK, READ)[READ]
+
+    expected = Critic.from_policy(policy(), torch.Generator().manual_seed(0))(TOKENS, MASK)[READ].detach()
+    for before, after, values in processes(2, work):
+        assert before
+        assert not after
+        torch.testing.assert_close(values, expected)
