@@ -27,8 +27,6 @@ from rlhf_lightning.rollout.slots import Slots
 from rlhf_lightning.rollout.stand_ins import stand_ins
 from rlhf_lightning.types import ComparisonBatch, Experience, SFTBatch
 
-TO_SAMPLE: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
-
 Losses = Callable[[Experience], dict[str, Tensor]]
 
 
@@ -239,9 +237,11 @@ def sampling_memory(
     cache_size = 0
 
     def read(tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
-        inputs = {"attention_mask": mask.long(), "position_ids": positions, "past_key_values": cache}
-        is_of_slots = in_slots and cache is None
-        output = read_prompts(network, tokens, mask) if is_of_slots else network(tokens, **inputs, **TO_SAMPLE)
+        if in_slots:
+            output = read_prompts(network, tokens, mask)
+        else:
+            inputs = {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": positions}
+            output = network(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         # As much as the network's forward holds, so that it is gone when the next one begins.
         return output.past_key_values, output.logits[:, -1]
 
