@@ -2,10 +2,10 @@
 
 `python tests/benchmarks/peers.py sft`, `reward`, `sampling` and `ppo`, with `--size a` or `b`, print a line of JSON
 each: medians of the turns' units (tokens, pairs, rollouts) per CPU-second, the largest memory of each way, and the
-ratios of ours to theirs. Each way runs in a process of its own and waits while another has its turn. First all find the
-loss of the same batch, and must agree. Memory is that of two turns in a new process, which has checked nothing. TRL is
-installed, once, into an environment of its own under `--environments`; where that fails the line holds `transformers`
-alone. docs/benchmarks.md holds what it printed.
+ratios of ours to theirs, and of bf16-mixed to float32. Each way runs in a process of its own and waits while another
+has its turn. First all but those of bf16-mixed find the loss of the same batch, and must agree. Memory is that of two
+turns in a new process, which has checked nothing. TRL is installed, once, into an environment of its own under
+`--environments`; where that fails the line holds `transformers` alone. docs/benchmarks.md holds what it printed.
 """
 
 import argparse
@@ -34,12 +34,22 @@ TRL = {"sft": "trl", "reward": "trl", "ppo": "trl==1.12.*", "sampling": None}
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 OURS: dict[str, dict[str, dict[str, Any]]] = {
-    "sft": {"grouped": {"group_by_length": True}, "padded": {"group_by_length": False}},
-    "reward": {"grouped": {"group_by_length": True}, "padded": {"group_by_length": False}},
+    "sft": {
+        "grouped": {"group_by_length": True},
+        "grouped_bf16": {"group_by_length": True, "precision": "bf16-mixed"},
+        "padded": {"group_by_length": False},
+    },
+    "reward": {
+        "grouped": {"group_by_length": True},
+        "grouped_bf16": {"group_by_length": True, "precision": "bf16-mixed"},
+        "padded": {"group_by_length": False},
+    },
     "sampling": {"sampler": {}},
     "ppo": {
         "separate": {},
+        "separate_bf16": {"precision": "bf16-mixed"},
         "shared_trunk": {"critic": "shared_trunk"},
+        "shared_trunk_bf16": {"critic": "shared_trunk", "precision": "bf16-mixed"},
         "lora": {"roles": "shared"},
         "lora_trunk": {"roles": "shared", "critic": "shared_trunk"},
     },
@@ -67,6 +77,7 @@ THEIRS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Grouped: the rows sorted by length, as groups of a large data set are; default: with the checkpoints TRL sets."""
 
+BF16 = "_bf16"
 COMPUTES_ANOTHER = ("trl_wrapped", "lora", "lora_trunk", "trl_lora", "shared_trunk")
 """Ways whose first losses differ by nature: texts that follow each other in a row, other trained weights."""
 
@@ -116,6 +127,11 @@ def main() -> None:
         "checked": checked,
         "found": found,
         "ratios": {x: {y: round(found[x]["rate"] / found[y]["rate"], 3) for y in others} for x in ours},
+        "over_fp32": {
+            x: round(found[x]["rate"] / found[y]["rate"], 3)
+            for x in ours
+            if (y := x.removesuffix(BF16)) in ours and x != y
+        },
         "memory": {x: {y: round(found[x]["own"] / found[y]["own"], 3) for y in others} for x in ours},
         "versions": versions(python),
         "cpu": cpu(),
@@ -210,7 +226,8 @@ def end_with_probability(policy: Any, probability: float) -> None:
 
 def check(logged: dict[str, dict[str, Any]], sequences: int) -> dict[str, Any]:
     """Return what the ways find of the same batch; raises where one that should agree does not."""
-    found = {name: losses(x, sequences) for name, x in logged.items() if name not in COMPUTES_ANOTHER}
+    rounded = [name for name in logged if name.endswith(BF16)]
+    found = {name: losses(x, sequences) for name, x in logged.items() if name not in (*COMPUTES_ANOTHER, *rounded)}
     first = next(iter(found.values()), {})
     for (name, values), (quantity, expected) in product(found.items(), first.items()):
         value = values[quantity]

@@ -153,6 +153,7 @@ def train(module: Any, batches: Any, turns: Turns, run: dict[str, Any], *, amoun
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        precision=run.get("precision", "32-true"),
         callbacks=[TakesTurns(turns, amount=amount)],
         **settings,
     ).fit(module, batches)

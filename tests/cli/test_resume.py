@@ -249,17 +249,24 @@ def ended(process: int) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
 
 
-def killed_after(seconds: float, function: Callable[[], int]) -> bool:
-    """Run the function in a process that is killed by SIGKILL after a while; False where it had ended well by then."""
-    process = forked(function)
-    time.sleep(seconds)
-    found, status = os.waitpid(process, os.WNOHANG)
-    if found:
-        assert os.waitstatus_to_exitcode(status) == 0
-        return False
+def killed(process: int) -> bool:
+    """Kill a process by SIGKILL; False where it had ended well by then."""
     os.killpg(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return True
+    _, status = os.waitpid(process, 0)
+    return os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+
+
+def newest_step(output_dir: str) -> int:
+    """Return the step of the newest checkpoint of a run, 0 without one."""
+    names = [path.stem for path in Path(output_dir, "checkpoints").glob("step-*.ckpt")]
+    return max((int(name.partition("-")[2]) for name in names), default=0)
+
+
+def wait_for_step(process: int, output_dir: str, step: int) -> None:
+    """Wait until a run has written the checkpoint of a step, or of a later one; it must not end before."""
+    while newest_step(output_dir) < step:
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)
+        time.sleep(0.001)
 
 
 @pytest.mark.proof
@@ -272,19 +279,19 @@ def test_runs_that_are_killed_at_random_moments_go_on_bit_for_bit(
 ) -> None:
     # Checkpoints at every step: many of the kills meet one that is being written.
     more = [*more, "callbacks.checkpoint.every_n_train_steps=1"]
-    start = time.monotonic()
     ended(forked(lambda: run_verb("train", arguments(stage, "whole", *more))))
-    seconds = time.monotonic() - start
-    noise, kills = random.Random(f"{stage} {len(more)}"), 0
-    # Two runs of each of the five kinds are ten, and each may be killed twice.
-    for trial in range(2):
-        name = f"killed{trial}"
+    last, noise, kills = newest_step("whole"), random.Random(f"{stage} {len(more)}"), 0
+    # Two runs of each of the five kinds are ten, and each is killed twice: once in either half of its steps.
+    for name in ("killed0", "killed1"):
         command = arguments(stage, name, *more, "ckpt_path=auto")
-        for _ in range(2):
-            kills += killed_after(noise.uniform(0.3, 0.9) * seconds, lambda command=command: run_verb("train", command))
+        for low, high in ((0.0, 0.45), (0.45, 0.8)):
+            process = forked(lambda command=command: run_verb("train", command))
+            wait_for_step(process, name, round(noise.uniform(low, high) * last))
+            time.sleep(noise.uniform(0.0, 0.05))
+            kills += killed(process)
         ended(forked(lambda command=command: run_verb("train", command)))
         assert_same_runs("whole", name)
-    assert kills >= 2
+    assert kills >= 3
 
 
 @pytest.mark.proof
@@ -300,7 +307,9 @@ def test_no_file_is_corrupted_in_two_hundred_kills_of_the_writer(tmp_path: Path)
     noise = random.Random(0)
     left_over = 0
     for _ in range(200):
-        assert killed_after(noise.uniform(0.01, 0.12), write)
+        process = forked(write)
+        time.sleep(noise.uniform(0.01, 0.12))
+        assert killed(process)
         for found in checkpoints(path.parent):
             assert fault(found) is None
             state = AtomicCheckpointIO().load_checkpoint(found)

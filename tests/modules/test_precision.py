@@ -93,6 +93,34 @@ def test_a_reward_model_learns(precision: str, wide_model: Path, fit: Callable[.
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("kind", "batch"), [(SFTModule, DEMONSTRATIONS), (RewardModule, COMPARISONS)])
+def test_gradients_are_clipped(
+    kind: Any, batch: Any, precision: str, wide_model: Path, fit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: dict[float, list[torch.Tensor]] = {}
+    configure = kind.configure_optimizers
+
+    def configure_optimizers(module: Any) -> Any:
+        found = configure(module)
+        weights = [p for p in module.parameters() if p.requires_grad]
+
+        def keep(*_: Any) -> None:
+            norms[clip].append(torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]))
+
+        found["optimizer"].register_step_post_hook(keep)
+        return found
+
+    monkeypatch.setattr(kind, "configure_optimizers", configure_optimizers)
+    for clip in (1e9, 1e-3):
+        norms[clip] = []
+        torch.manual_seed(0)
+        fit(kind(str(wide_model)), [batch], max_epochs=2, gradient_clip_val=clip, **device_of(precision))
+    assert len(norms[1e9]) == len(norms[1e-3]) == 2
+    assert min(norms[1e9]) > 2e-3
+    assert [float(norm) for norm in norms[1e-3]] == pytest.approx([1e-3, 1e-3], rel=0.02)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("roles", ["separate", "shared"])
 def test_ppo_starts_from_kl_0_and_ratio_1_and_computes_in_float32(
     roles: str, precision: str, wide_model: Path, prompts: PromptBatch, fit: Callable[..., Any], tmp_path: Path
