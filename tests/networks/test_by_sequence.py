@@ -124,3 +124,23 @@ def test_the_network_attends_so_within_the_block_alone() -> None:
         assert network.config._attn_implementation == BY_SEQUENCE
         assert told["attention_mask"] is None
     assert network.config._attn_implementation == "sdpa"
+
+
+def test_attention_of_16_bits_is_computed_in_float32_on_a_cpu() -> None:
+    torch.manual_seed(0)
+    told = pack(*padded([7, 3, 5]), in_one_row=True)
+    with reading(llama(), told) as how:
+        sequences = how["sequences"]
+    half = [torch.randn(1, 4, 15, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    whole = [states.detach().float().requires_grad_() for states in half]
+    weights = torch.randn(1, 15, 4, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = attend_by_sequence(torch.nn.Module(), *half, None, sequences=sequences)
+    expected, _ = attend_by_sequence(torch.nn.Module(), *whole, None, sequences=sequences)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
+    for states, attended in ((half, found), (whole, expected)):
+        (attended * weights).sum().backward()
+        assert all(x.grad is not None for x in states)
+    for one, other in zip(half, whole, strict=True):
+        assert torch.equal(one.grad, other.grad.bfloat16())
