@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 ROOT_KEYS = [*TRAIN_KEYS, "world", "evaluate"]
 
-SAMPLING_BATCH = 2048
+SAMPLING_BATCH = 8192
 """Prompts that the world's policy answers at a time for the comparisons: small networks are fastest on many rows."""
 
 WHOLE = {"lora": None, "quantization": "none", "roles": "separate"}
