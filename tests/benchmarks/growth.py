@@ -1,0 +1,220 @@
+"""How a step's time and memory grow with the batch, the length, the vocabulary and the size of the network.
+
+`python tests/benchmarks/growth.py --figure docs/growth.png` prints a line of JSON for each point and draws the curves,
+beside what grows with them: the operations that the step counts, and the weights with their gradients and moments. Each
+point is a process of its own with one thread, forked when all is imported; seconds are of its own CPU time, memory is
+the largest resident size less that before a network was made. A step of PPO is a rollout with its updates, with three
+networks and a reward function.
+"""
+
+import os
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import argparse
+import json
+import logging
+import multiprocessing
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
+from rlhf_lightning.types import ComparisonBatch, PromptBatch, SFTBatch
+
+BASE = {"batch": 8, "length": 128, "vocabulary": 4096, "layers": 4}
+AXES = {
+    "batch": [4, 8, 16, 32, 64],
+    "length": [32, 64, 128, 256, 512],
+    "vocabulary": [1024, 4096, 16384, 65536, 150_000],
+    "layers": [1, 2, 4, 8, 16],
+}
+STAGES = ("sft", "reward", "ppo")
+HIDDEN, HEADS, STEPS = 128, 4, 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--axes", nargs="*", choices=AXES, default=list(AXES))
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--repeats", type=int, default=3, help="processes a point, of which the medians count")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    found = []
+    for stage in arguments.stages:
+        for axis in arguments.axes:
+            for value in AXES[axis]:
+                point = {"stage": stage, **BASE, axis: value}
+                line = {"axis": axis, **point, **median_of([in_a_process(point) for _ in range(arguments.repeats)])}
+                print(json.dumps(line), flush=True)
+                found.append(line)
+    for line in steepest(found):
+        print(line)
+    if arguments.figure:
+        draw(found, arguments.figure)
+
+
+def in_a_process(point: dict[str, Any]) -> dict[str, float]:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        found: dict[str, float] = pool.apply(measure, kwds=point)
+    return found
+
+
+def median_of(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(statistics.median(run[name] for run in runs), 4) for name in runs[0]}
+
+
+def steepest(found: list[dict[str, Any]]) -> list[str]:
+    """Return how much time and memory grew from the second largest point of each curve on, beside their work."""
+    lines = []
+    for stage, axis in dict.fromkeys((x["stage"], x["axis"]) for x in found):
+        one, other = [x for x in found if (x["stage"], x["axis"]) == (stage, axis)][-2:]
+        grown = {name: round(other[name] / one[name], 2) for name in (axis, "seconds", "operations", "memory")}
+        lines.append(f"{stage}, {axis} {one[axis]} to {other[axis]}: {json.dumps(grown)}")
+    return lines
+
+
+def measure(stage: str, batch: int, length: int, vocabulary: int, layers: int) -> dict[str, float]:
+    """Return seconds and operations of a step, and the memory in MiB of some steps and of weights and moments."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=HIDDEN,
+            intermediate_size=3 * HIDDEN,
+            num_hidden_layers=layers,
+            num_attention_heads=HEADS,
+            vocab_size=vocabulary,
+            tie_word_embeddings=True,
+            max_position_embeddings=2048,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+        write_tokenizer(folder, vocabulary)
+        Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is the one now
+        before = status("VmRSS")
+        module: Any
+        if stage == "sft":
+            module = SFTModule(name)
+        elif stage == "reward":
+            module = RewardModule(name, shift_scores=False)
+        else:
+            module = PPOModule(
+                name,
+                reward=make_reward,
+                minibatch_size=batch,
+                micro_batch_size=8,
+                ppo_epochs=2,
+                max_new_tokens=length // 2,
+                preflight=False,
+            )
+        seconds: list[float] = []
+
+        class Clock(Callback):
+            def on_train_batch_start(self, *_: Any) -> None:
+                self.start = time.process_time()
+
+            def on_train_batch_end(self, *_: Any) -> None:
+                seconds.append(time.process_time() - self.start)
+
+        data = batch_of(stage, batch, length, vocabulary)
+        Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[Clock()],
+        ).fit(module, DataLoader([data] * STEPS, batch_size=None, collate_fn=lambda x: x))  # type: ignore[arg-type]
+        trained = [p for p in module.parameters() if p.requires_grad]
+        lasting = sum(p.nbytes for p in module.parameters()) + 3 * sum(p.nbytes for p in trained)
+        return {
+            "seconds": statistics.median(seconds[1:]),
+            "operations": float(module.work(data).flops),
+            "memory": status("VmHWM") - before,
+            "lasting": lasting / 2**20,
+        }
+
+
+def make_reward(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+    return [float(len(response) % 7) for response in responses]
+
+
+def batch_of(stage: str, batch: int, length: int, vocabulary: int) -> Any:
+    """Return sequences without padding: of PPO prompts of half the length, of reward models pairs that share theirs."""
+    tokens = torch.randint(2, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+    ones = torch.ones_like(tokens, dtype=torch.bool)
+    if stage == "sft":
+        return SFTBatch(tokens=tokens, attention_mask=ones, loss_mask=ones)
+    if stage == "reward":
+        responses = ones & (torch.arange(length) >= length // 2)
+        pairs = torch.arange(batch)
+        ratings = torch.full((batch,), torch.nan)
+        return ComparisonBatch(tokens, ones, responses, prompt_index=pairs // 2, ranks=pairs % 2, ratings=ratings)
+    prompts = ["w1"] * batch
+    half = length // 2
+    return PromptBatch(tokens[:, :half], ones[:, :half], prompts=prompts, texts=prompts, columns={})
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(vocabulary - 2))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.save_pretrained(folder)
+
+
+def status(field: str) -> float:
+    """Return a size of this process in MiB: VmRSS now, VmHWM at its largest. Linux only."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) / 1024
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    """Draw time above and memory below, a column for each axis and a colour for each stage; both axes logarithmic."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    axes_of = list(dict.fromkeys(x["axis"] for x in found))
+    figure, grid = plt.subplots(2, len(axes_of), figsize=(3.2 * len(axes_of), 6), sharey="row", squeeze=False)
+    for column, axis in enumerate(axes_of):
+        for number, stage in enumerate(dict.fromkeys(x["stage"] for x in found)):
+            curve = [x for x in found if (x["stage"], x["axis"]) == (stage, axis)]
+            at = [x[axis] for x in curve]
+            # Operations in the seconds that they would take at the speed of the base point.
+            base = next(x for x in found if x["stage"] == stage and all(x[k] == BASE[k] for k in BASE))
+            speed = base["seconds"] / base["operations"]
+            grid[0, column].plot(at, [x["seconds"] for x in curve], "o-", color=f"C{number}", label=stage)
+            grid[0, column].plot(at, [x["operations"] * speed for x in curve], ":", color=f"C{number}")
+            grid[1, column].plot(at, [x["memory"] for x in curve], "o-", color=f"C{number}", label=stage)
+            grid[1, column].plot(at, [x["lasting"] for x in curve], ":", color=f"C{number}")
+        for row in grid[:, column]:
+            row.set(xscale="log", yscale="log", xticks=at, xlabel=axis)
+            row.set_xticklabels([f"{value:,}" for value in at], fontsize=8)
+            row.minorticks_off()
+            row.grid(alpha=0.3)
+    grid[0, 0].set_ylabel("CPU-seconds a step")
+    grid[1, 0].set_ylabel("memory, MiB")
+    grid[0, 0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
