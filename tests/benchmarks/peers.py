@@ -213,8 +213,8 @@ def end_with_probability(policy: Any, probability: float) -> None:
 
     embedding, output = policy.get_input_embeddings().weight, policy.get_output_embeddings().weight
     with torch.no_grad():
-        # One coordinate of the states is the same everywhere, and only these two tokens read it.
-        embedding[:, 0] = 0.3
+        # One coordinate of the states is about the same everywhere, and only these two tokens read it.
+        embedding[:, 0] = 1.0
         output[:, 0] = 0.0
         output[:2] = 0.0
         ids = torch.randint(2, len(output), (8, 64))
