@@ -208,10 +208,14 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
             row.set(xscale="log", yscale="log", xticks=at, xlabel=axis)
             row.set_xticklabels([f"{value:,}" for value in at], fontsize=8)
             row.minorticks_off()
+            row.yaxis.set_major_formatter("{x:g}")
             row.grid(alpha=0.3)
     grid[0, 0].set_ylabel("CPU-seconds a step")
     grid[1, 0].set_ylabel("memory, MiB")
     grid[0, 0].legend(frameon=False, fontsize=8)
+    figure.suptitle(
+        "Measured; dotted: operations at the speed of the base point; weights, gradients and moments", fontsize=9
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
