@@ -163,8 +163,8 @@ def batch_of(stage: str, batch: int, length: int, vocabulary: int) -> Any:
     if stage == "reward":
         responses = ones & (torch.arange(length) >= length // 2)
         pairs = torch.arange(batch)
-        ratings = torch.full((batch,), torch.nan)
-        return ComparisonBatch(tokens, ones, responses, prompt_index=pairs // 2, ranks=pairs % 2, ratings=ratings)
+        places = {"prompt_index": pairs // 2, "ranks": pairs % 2, "ratings": torch.zeros(batch)}
+        return ComparisonBatch(tokens, ones, responses, **places)
     prompts = ["w1"] * batch
     half = length // 2
     return PromptBatch(tokens[:, :half], ones[:, :half], prompts=prompts, texts=prompts, columns={})
