@@ -197,16 +197,16 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
         for number, stage in enumerate(dict.fromkeys(x["stage"] for x in found)):
             curve = [x for x in found if (x["stage"], x["axis"]) == (stage, axis)]
             at = [x[axis] for x in curve]
-            # Operations in the seconds that they would take at the speed of the base point.
-            base = next(x for x in found if x["stage"] == stage and all(x[k] == BASE[k] for k in BASE))
-            speed = base["seconds"] / base["operations"]
+            # Operations in the seconds that they would take at the speed of the base point, which every curve has.
+            bases = [x for x in found if x["stage"] == stage and all(x[k] == BASE[k] for k in BASE)]
+            speed = statistics.median(x["seconds"] / x["operations"] for x in bases)
             grid[0, column].plot(at, [x["seconds"] for x in curve], "o-", color=f"C{number}", label=stage)
             grid[0, column].plot(at, [x["operations"] * speed for x in curve], ":", color=f"C{number}")
             grid[1, column].plot(at, [x["memory"] for x in curve], "o-", color=f"C{number}", label=stage)
             grid[1, column].plot(at, [x["lasting"] for x in curve], ":", color=f"C{number}")
         for row in grid[:, column]:
             row.set(xscale="log", yscale="log", xticks=at, xlabel=axis)
-            row.set_xticklabels([f"{value:,}" for value in at], fontsize=8)
+            row.set_xticklabels([f"{value:,}" for value in at], fontsize=8, rotation=30)
             row.minorticks_off()
             row.yaxis.set_major_formatter("{x:g}")
             row.grid(alpha=0.3)
