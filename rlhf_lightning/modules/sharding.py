@@ -14,9 +14,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.sharded_checkpoint import is_sharded_checkpoint, load_sharded
-from rlhf_lightning.networks.configs import cache_bytes
 from rlhf_lightning.networks.sharding import gathered, is_sharded, largest_on_any_process, under, whole_state
-from rlhf_lightning.preflight.memory import free_bytes
+from rlhf_lightning.preflight.memory import cache_bytes, free_bytes
 
 Gathering = Literal["auto", "always", "never"]
 """Whether sharded weights are gathered for a rollout: where they fit, always, never."""

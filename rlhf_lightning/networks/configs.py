@@ -23,12 +23,6 @@ def heads_of(network: nn.Module) -> list[Heads]:
     return [_heads(text.per_layer_config[layer]) for layer in range(text.num_hidden_layers)]
 
 
-def cache_bytes(network: nn.Module, *, sequences: int, length: int) -> int:
-    """Return the keys and values of a rollout while it is sampled."""
-    of_a_token = 2 * sum(heads.of_keys * heads.width for heads in heads_of(network))
-    return sequences * length * of_a_token * next(network.parameters()).element_size()
-
-
 def setting_of(config: Any, name: str) -> Any:
     """Return what the config has as ``name``, None where it has no such setting or leaves it open."""
     own_name = config.attribute_map.get(name, name)

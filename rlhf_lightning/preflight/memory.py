@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rlhf_lightning.functional.dtensors import local_numel
+from rlhf_lightning.networks.configs import heads_of
 from rlhf_lightning.preflight.allocations import PhaseMemory
 from rlhf_lightning.preflight.findings import Finding
 
@@ -87,6 +88,12 @@ def role_memory(
         optimizer=sum(states),
         there=sum(_size_of(p) for p in held if p.device == device),
     )
+
+
+def cache_bytes(network: nn.Module, *, sequences: int, length: int) -> int:
+    """Return the keys and values of a rollout while it is sampled."""
+    of_a_token = 2 * sum(heads.of_keys * heads.width for heads in heads_of(network))
+    return sequences * length * of_a_token * next(network.parameters()).element_size()
 
 
 def free_bytes(device: torch.device) -> int | None:

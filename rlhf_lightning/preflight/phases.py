@@ -20,7 +20,7 @@ from rlhf_lightning.preflight.memory import ADAMW_STATES, Estimate, RoleMemory, 
 from rlhf_lightning.rollout.draw import draw
 from rlhf_lightning.rollout.experience import MicroBatch
 from rlhf_lightning.rollout.generate import Sampler
-from rlhf_lightning.rollout.in_slots import READ_AT_ONCE, most_slots, read_prompts
+from rlhf_lightning.rollout.in_slots import MOST_SLOTS, READ_AT_ONCE, read_prompts
 from rlhf_lightning.rollout.reward import ModelReward, Reward
 from rlhf_lightning.rollout.score import score_rows
 from rlhf_lightning.rollout.slots import Slots
@@ -229,7 +229,7 @@ def sampling_memory(
     """
     network: Any = policy
     in_slots = sampler == "builtin" and sees_all(policy)
-    count = min(sequences, most_slots(policy, device, capacity=prompt + new))
+    count = min(sequences, MOST_SLOTS)
     at_once = min(count, max(1, READ_AT_ONCE // prompt)) if in_slots else sequences
     rows = torch.arange(at_once, device=device)
     mask = _padded(len(rows), prompt, device)

@@ -8,7 +8,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rlhf_lightning.functional.masking import position_ids
-from rlhf_lightning.networks.configs import cache_bytes
 from rlhf_lightning.networks.last_block import reading_states
 from rlhf_lightning.rollout.draw import require_finite
 from rlhf_lightning.rollout.recording import recorder_of
@@ -17,25 +16,11 @@ from rlhf_lightning.rollout.slots import Slots
 MOST_SLOTS = 512
 """Responses that run at once; more wait until others have ended."""
 
-SMALL_CACHE = 2**28
-"""Bytes of keys and values up to which a CPU runs more than that at once, where a step costs little for a response."""
-
-MOST_SMALL_SLOTS = 2048
-"""Beyond so many nothing is gained."""
-
 READ_AT_ONCE = 4096
 """Tokens of prompts, padding included, in one forward."""
 
 STILL_FULL = 0.75
 """Share of slots still running below which others are let in, or where nothing waits, the free ones are left out."""
-
-
-def most_slots(policy: nn.Module, device: torch.device, *, capacity: int) -> int:
-    """Return how many responses of a policy run at once at most, each with its prompt of so many tokens."""
-    if device.type != "cpu":
-        return MOST_SLOTS
-    small = SMALL_CACHE // cache_bytes(policy, sequences=1, length=capacity)
-    return max(MOST_SLOTS, min(small, MOST_SMALL_SLOTS))
 
 
 def sample_in_slots(
@@ -87,12 +72,10 @@ class _Sampling:
         self.prompt_tokens, self.prompt_mask, self.uniform = prompt_tokens, prompt_mask, uniform
         self.lengths: list[int] = prompt_mask.sum(dim=1).tolist()
         rows, self.longest = uniform.shape[:2]
-        self.capacity = max(self.lengths) + self.longest
-        most = most_slots(policy, prompt_tokens.device, capacity=self.capacity)
         self.response = prompt_tokens.new_zeros(rows, self.longest)
         self.logprobs = torch.zeros(0)
         self.waiting = list(range(rows))
-        self.occupants: list[int | None] = [None] * min(rows, most)
+        self.occupants: list[int | None] = [None] * min(rows, MOST_SLOTS)
         self.next = [0] * len(self.occupants)
         """Where the newest token of each slot stands while it runs."""
         self.recorder = recorder_of(policy, prompt_tokens.device)
@@ -160,8 +143,10 @@ class _Sampling:
             self.next[slot] = self.lengths[row]
 
     def _make_room(self, like: Any) -> None:
-        sizes = {"count": len(self.occupants), "capacity": self.capacity, "longest": self.longest}
-        self.slots: Slots = self.recorder.slots(self.policy, like, **sizes, **self.settings)
+        capacity = max(self.lengths) + self.longest
+        self.slots: Slots = self.recorder.slots(
+            self.policy, like, count=len(self.occupants), capacity=capacity, longest=self.longest, **self.settings
+        )
         self.logprobs = self.slots.logprobs.new_zeros(self.response.shape)
 
     def _let_out(self) -> None:

@@ -13,7 +13,7 @@ from transformers import (
     XLNetConfig,
 )
 
-from rlhf_lightning.networks.configs import Heads, cache_bytes, heads_of, setting_of
+from rlhf_lightning.networks.configs import Heads, heads_of, setting_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
@@ -71,11 +71,3 @@ def test_layers_may_have_heads_of_different_width() -> None:
 )
 def test_a_setting_is_found_under_the_name_that_a_family_has_for_it(config: Any, name: str, found: int | None) -> None:
     assert setting_of(config, name) == found
-
-
-@pytest.mark.parametrize("settings", [{}, {"num_key_value_heads": 2}])
-def test_the_cache_is_as_large_as_the_network_makes_it(settings: dict[str, int]) -> None:
-    policy = LlamaForCausalLM(LlamaConfig(**SIZES, **settings, intermediate_size=32))
-    cache = policy(torch.ones(3, 7, dtype=torch.long), use_cache=True).past_key_values
-    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert cache_bytes(policy, sequences=3, length=7) == size

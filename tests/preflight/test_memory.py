@@ -1,10 +1,13 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_lightning.modules.eight_bit import AdamW8bit
 from rlhf_lightning.preflight.allocations import PhaseMemory
-from rlhf_lightning.preflight.memory import Estimate, RoleMemory, check_memory, free_bytes, role_memory
+from rlhf_lightning.preflight.memory import Estimate, RoleMemory, cache_bytes, check_memory, free_bytes, role_memory
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -26,6 +29,14 @@ def test_gradients_and_states_are_as_large_as_adamw_makes_them() -> None:
     gradients = sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
     expected = role_memory(network.parameters(), CPU)
     assert (expected.gradients, expected.optimizer) == (gradients, states)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_attention_heads": 4, "num_key_value_heads": 2}])
+def test_the_cache_is_as_large_as_the_network_makes_it(settings: dict[str, int], llama: Callable[..., Any]) -> None:
+    policy = llama(**settings)
+    cache = policy(torch.ones(3, 7, dtype=torch.long), use_cache=True).past_key_values
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cache_bytes(policy, sequences=3, length=7) == size
 
 
 @pytest.mark.parametrize("size", [60, 96])

@@ -5,8 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_lightning.networks.configs import cache_bytes
-from rlhf_lightning.rollout.in_slots import MOST_SLOTS, MOST_SMALL_SLOTS, SMALL_CACHE, most_slots
 from rlhf_lightning.types import PromptBatch
 
 MANY = [[5, 9, 7, 30, 2], [8, 4], [40, 41, 42], [77], [60, 61, 62, 63], [9, 9, 9], [12, 13], [8, 4], [91, 33, 21, 7]]
@@ -35,7 +33,6 @@ def test_prompts_that_wait_for_a_slot_get_the_response_that_they_would_get_at_on
     assert len(set(lengths)) > 3
     for slots, at_once in ((1, 4096), (2, 4096), (4, 5), (5, 1)):
         monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", slots)
-        monkeypatch.setattr("rlhf_lightning.rollout.in_slots.SMALL_CACHE", 0)
         monkeypatch.setattr("rlhf_lightning.rollout.in_slots.READ_AT_ONCE", at_once)
         assert torch.equal(sample(network, batch, stops, temperature=temperature), expected)
 
@@ -48,21 +45,10 @@ def test_no_more_rows_than_there_are_slots_run_at_once(
 ) -> None:
     network, calls = policy(), []
     monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", 4)
-    monkeypatch.setattr("rlhf_lightning.rollout.in_slots.SMALL_CACHE", 0)
     network.register_forward_pre_hook(lambda _, __, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
     sample(network, prompts(MANY), NEVER)
     # Three readings of prompts, each followed by eleven steps: 4, 4 and 1 of the nine.
     assert calls == [*[4] * 12, *[4] * 12, *[1] * 12]
-
-
-def test_on_a_cpu_small_networks_run_more_rows_at_once(policy: Callable[..., Any]) -> None:
-    network = policy()
-    of_a_token = cache_bytes(network, sequences=1, length=1)
-    cpu = torch.device("cpu")
-    assert most_slots(network, cpu, capacity=SMALL_CACHE // of_a_token // 1000) == 1000
-    assert most_slots(network, cpu, capacity=1) == MOST_SMALL_SLOTS
-    assert most_slots(network, cpu, capacity=SMALL_CACHE) == MOST_SLOTS
-    assert most_slots(network, torch.device("cuda"), capacity=1) == MOST_SLOTS
 
 
 def test_neighbouring_rows_with_one_prompt_share_its_reading(
