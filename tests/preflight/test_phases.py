@@ -9,7 +9,13 @@ import torch
 from lightning import Trainer
 from torch.profiler import profile
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.networks import LoRA, NetworkConfig
@@ -168,6 +174,30 @@ def test_work_that_is_decided_by_what_is_computed_is_not_known(config: LlamaConf
     assert estimate.work == {}
     assert "cannot be read without numbers" in check_memory(estimate, free=2**60).measured
     assert check_memory(estimate, free=2**60).status == "note"
+
+
+def test_a_network_without_keys_and_values_is_not_known_and_trains(tokenizer: Any, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2}
+    network = MambaForCausalLM(MambaConfig(**sizes, pad_token_id=0, bos_token_id=None, eos_token_id=1))
+    module = PPOModule(
+        network,
+        reward=len_of,
+        tokenizer=tokenizer,
+        sampler="transformers",
+        critic="shared_trunk",
+        minibatch_size=BATCH,
+        micro_batch_size=BATCH,
+        max_new_tokens=NEW,
+    )
+    estimate = ppo_estimate(module)
+    assert estimate.work == {}
+    assert "keeps states of its own" in check_memory(estimate, free=2**60).measured
+    before = {name: weight.clone() for name, weight in network.named_parameters()}
+    texts = ["a"] * BATCH
+    tokens = torch.randint(2, 300, (BATCH, PROMPT))
+    batch = PromptBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), prompts=texts, texts=texts, columns={})
+    quiet(default_root_dir=tmp_path).fit(module, DataLoader([batch], batch_size=None, collate_fn=lambda x: x))  # type: ignore[arg-type]
+    assert any(not torch.equal(weight, before[name]) for name, weight in network.named_parameters())
 
 
 def test_an_estimate_leaves_nothing_behind(config: LlamaConfig, tokenizer: Any) -> None:
