@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ROOT_KEYS = [*TRAIN_KEYS, "world", "evaluate"]
 
 SAMPLING_BATCH = 8192
-"""Prompts that the world's policy answers at a time for the comparisons: small networks are fastest on many rows."""
+"""Prompts that the world's policy answers at a time for the comparisons: at the end of each rollout few are left."""
 
 WHOLE = {"lora": None, "quantization": "none", "roles": "separate"}
 """The settings of a network of which all weights are trained."""

@@ -437,12 +437,11 @@ def adamw(
 
         return AdamW8bit(groups, in_32_bits, is_paged=optimizer == "paged_adamw_8bit", **settings)
     # On CUDA torch chooses: Lightning cannot clip gradients that a fused step unscales (16-mixed).
-    if any(p.device.type != "cpu" for group in groups for p in group["params"]):
-        return torch.optim.AdamW(groups, **settings)
-    fused = torch.optim.AdamW(groups, fused=True, **settings)
-    # Lightning asks this, and refuses to clip in bf16-mixed, too, where nothing is scaled.
-    fused._step_supports_amp_scaling = False
-    return fused
+    on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
+    adam = torch.optim.AdamW(groups, fused=on_cpu or None, **settings)
+    # Lightning asks this before it clips in bf16-mixed, too; on a CPU nothing is scaled.
+    adam._step_supports_amp_scaling = False
+    return adam
 
 
 def trained_weights(module: nn.Module) -> list[nn.Parameter]:

@@ -6,7 +6,6 @@
 A mask over rows would compute the attention of every token to all tokens of its row, and throw most of it away.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -128,15 +127,15 @@ def attend_by_sequence(
 ) -> tuple[Tensor, None]:
     """Attend from each token of (N, heads, S, size) to its own sequence, as `transformers` does without packing.
 
-    Sequences are padded on the right, so that causal attention needs no mask. On a CPU it is computed in float32, of
-    16-bit states, too: the gradient of torch's attention takes up to three times as long in bfloat16. Without
+    Sequences are padded on the right, so that causal attention needs no mask. On a CPU 16-bit states, too, are
+    attended to in float32: the gradient of torch's attention takes up to three times as long in bfloat16. Without
     ``sequences`` rows are read as they are.
     """
     if sequences is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     sequences.readers.add(id(module))
     rows, _, size, _ = query.shape
-    is_on_cpu, dtype = query.device.type == "cpu", query.dtype
+    is_on_cpu = query.device.type == "cpu"
 
     def spread(states: Tensor) -> Tensor:
         heads = states.shape[1]
@@ -144,9 +143,11 @@ def attend_by_sequence(
         spread_out: Tensor = _Spread.apply(at_least_float32(at_places) if is_on_cpu else at_places, sequences)
         return spread_out.view(*sequences.shape, heads, -1).transpose(1, 2)
 
-    with torch.autocast("cpu", enabled=False) if is_on_cpu else nullcontext():
+    with torch.autocast("cpu", enabled=False):
         attended, _ = sdpa_attention_forward(module, spread(query), spread(key), spread(value), None, **kwargs)
-    collected: Tensor = _Collect.apply(attended.flatten(0, 1).flatten(1).to(dtype), sequences)
+    if is_on_cpu:
+        attended = attended.to(query.dtype)
+    collected: Tensor = _Collect.apply(attended.flatten(0, 1).flatten(1), sequences)
     return collected.view(rows, size, *attended.shape[2:]), None
 
 

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import QUIET, begin_peak, peak, word_tokenizer
 from lightning import Callback, Trainer
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, SFTBatch
@@ -59,7 +59,7 @@ def main() -> None:
                 line = {"axis": axis, **point, **median_of([in_a_process(point) for _ in range(arguments.repeats)])}
                 print(json.dumps(line), flush=True)
                 found.append(line)
-    for line in steepest(found):
+    for line in last_growth(found):
         print(line)
     if arguments.figure:
         draw(found, arguments.figure)
@@ -75,8 +75,8 @@ def median_of(runs: list[dict[str, float]]) -> dict[str, float]:
     return {name: round(statistics.median(run[name] for run in runs), 4) for name in runs[0]}
 
 
-def steepest(found: list[dict[str, Any]]) -> list[str]:
-    """Return how much time and memory grew from the second largest point of each curve on, beside their work."""
+def last_growth(found: list[dict[str, Any]]) -> list[str]:
+    """Return by what each curve grew from its last point but one to the last, and by what its work did."""
     lines = []
     for stage, axis in dict.fromkeys((x["stage"], x["axis"]) for x in found):
         one, other = [x for x in found if (x["stage"], x["axis"]) == (stage, axis)][-2:]
@@ -85,72 +85,72 @@ def steepest(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+class Clock(Callback):
+    """Notes the CPU-seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.start = time.process_time()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds.append(time.process_time() - self.start)
+
+
 def measure(stage: str, batch: int, length: int, vocabulary: int, layers: int) -> dict[str, float]:
     """Return seconds and operations of a step, and the memory in MiB of some steps and of weights and moments."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=HIDDEN,
-            intermediate_size=3 * HIDDEN,
-            num_hidden_layers=layers,
-            num_attention_heads=HEADS,
-            vocab_size=vocabulary,
-            tie_word_embeddings=True,
-            max_position_embeddings=2048,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=1,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder)
-        write_tokenizer(folder, vocabulary)
-        Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is the one now
-        before = status("VmRSS")
-        module: Any
-        if stage == "sft":
-            module = SFTModule(name)
-        elif stage == "reward":
-            module = RewardModule(name, shift_scores=False)
-        else:
-            module = PPOModule(
-                name,
-                reward=make_reward,
-                minibatch_size=batch,
-                micro_batch_size=8,
-                ppo_epochs=2,
-                max_new_tokens=length // 2,
-                preflight=False,
-            )
-        seconds: list[float] = []
-
-        class Clock(Callback):
-            def on_train_batch_start(self, *_: Any) -> None:
-                self.start = time.process_time()
-
-            def on_train_batch_end(self, *_: Any) -> None:
-                seconds.append(time.process_time() - self.start)
-
-        data = batch_of(stage, batch, length, vocabulary)
-        Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[Clock()],
-        ).fit(module, DataLoader([data] * STEPS, batch_size=None, collate_fn=lambda x: x))  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder:
+        write(folder, vocabulary=vocabulary, layers=layers)
+        before = begin_peak()
+        module = module_of(stage, folder, batch=batch, length=length)
+        data, clock = batch_of(stage, batch, length, vocabulary), Clock()
+        batches = DataLoader([data] * STEPS, batch_size=None, collate_fn=lambda x: x)  # type: ignore[arg-type]
+        Trainer(accelerator="cpu", max_epochs=1, callbacks=[clock], **QUIET).fit(module, batches)
         trained = [p for p in module.parameters() if p.requires_grad]
         lasting = sum(p.nbytes for p in module.parameters()) + 3 * sum(p.nbytes for p in trained)
         return {
-            "seconds": statistics.median(seconds[1:]),
+            "seconds": statistics.median(clock.seconds[1:]),
             "operations": float(module.work(data).flops),
-            "memory": status("VmHWM") - before,
+            "memory": peak() - before,
             "lasting": lasting / 2**20,
         }
 
 
-def make_reward(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+def write(folder: str, *, vocabulary: int, layers: int) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=3 * HIDDEN,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    word_tokenizer(vocabulary).save_pretrained(folder)
+
+
+def module_of(stage: str, folder: str, *, batch: int, length: int) -> Any:
+    if stage == "sft":
+        return SFTModule(folder)
+    if stage == "reward":
+        return RewardModule(folder, shift_scores=False)
+    return PPOModule(
+        folder,
+        reward=length_modulo_7,
+        minibatch_size=batch,
+        micro_batch_size=8,
+        ppo_epochs=2,
+        max_new_tokens=length // 2,
+        preflight=False,
+    )
+
+
+def length_modulo_7(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
     return [float(len(response) % 7) for response in responses]
 
 
@@ -168,20 +168,6 @@ def batch_of(stage: str, batch: int, length: int, vocabulary: int) -> Any:
     prompts = ["w1"] * batch
     half = length // 2
     return PromptBatch(tokens[:, :half], ones[:, :half], prompts=prompts, texts=prompts, columns={})
-
-
-def write_tokenizer(folder: Path, vocabulary: int) -> None:
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(vocabulary - 2))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    fast.save_pretrained(folder)
-
-
-def status(field: str) -> float:
-    """Return a size of this process in MiB: VmRSS now, VmHWM at its largest. Linux only."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) / 1024
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import QUIET
 from lightning import Trainer
 from memory_of_roles import BATCH, NEW, PROMPT, SIZES, make
 from torch.utils.data import DataLoader
@@ -98,10 +99,7 @@ def measure(folder: Path, micro_batch_size: int, precision: str, run: dict[str, 
         devices=1,
         precision=precision,  # type: ignore[arg-type]
         max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         **settings,
     )
     module.trainer = trainer

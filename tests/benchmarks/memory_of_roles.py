@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from common import QUIET, begin_peak, peak, word_tokenizer
+
 RUNS = {
     "SFT, adapter": {"stage": "sft", "lora": True},
     "SFT, all weights": {"stage": "sft"},
@@ -48,26 +50,21 @@ def main() -> None:
             command += ["--micro-batch-size", str(arguments.micro_batch_size)]
             line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
             found[name] = json.loads(line)
-            peak, before = found[name]["peak"], found[name]["before"]
-            print(f"{name:40} peak {peak:8.0f} MiB, of it the run's own {peak - before:8.0f} MiB", flush=True)
+            largest, before = found[name]["peak"], found[name]["before"]
+            print(f"{name:40} peak {largest:8.0f} MiB, of it the run's own {largest - before:8.0f} MiB", flush=True)
 
 
 def make(folder: Path, size: dict[str, int]) -> None:
     """Write base, and an adapter and a whole reward model on it."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from rlhf_lightning.networks import LoRA, NetworkConfig, load_reward_model, load_tokenizer, save_pretrained
 
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(size["vocab_size"] - 2))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     torch.manual_seed(0)
     config = LlamaConfig(**size, num_attention_heads=8, pad_token_id=0, bos_token_id=None, eos_token_id=1)
     LlamaForCausalLM(config).save_pretrained(folder / "base")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    fast.save_pretrained(folder / "base")
+    word_tokenizer(size["vocab_size"]).save_pretrained(folder / "base")
     base = str(folder / "base")
     for name, lora, export in (("reward", None, "merged"), ("reward_adapter", LoRA(), "adapter")):
         network: Any = NetworkConfig(base, lora=lora)
@@ -91,8 +88,7 @@ def measure(folder: Path, micro_batch_size: int, run: dict[str, Any]) -> None:
     logging.getLogger("lightning").setLevel(logging.ERROR)
     __import__("peft")
     __import__("bitsandbytes")
-    Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is the one now
-    before = status("VmRSS")
+    before = begin_peak()
     network = NetworkConfig(
         str(folder / "base"),
         lora=LoRA() if run.get("lora") else None,
@@ -126,21 +122,11 @@ def measure(folder: Path, micro_batch_size: int, run: dict[str, Any]) -> None:
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         **settings,
     )
     trainer.fit(module, DataLoader(batches, batch_size=None, collate_fn=lambda x: x))  # type: ignore[arg-type]
-    print(json.dumps({"before": before, "peak": status("VmHWM")}))
-
-
-def status(field: str) -> float:
-    """Return a size of this process in MiB: VmRSS now, VmHWM at its largest. Linux only."""
-    # Not resource.getrusage, whose maximum a process inherits from the one that started it.
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) / 1024
+    print(json.dumps({"before": before, "peak": peak()}))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import QUIET, word_tokenizer
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -235,10 +236,7 @@ def step_seconds(module: Any, batches: list[Any], arguments: argparse.Namespace)
         devices=1,
         precision=arguments.precision,
         max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=[clock],
     )
     trainer.fit(module, DataLoader(batches, batch_size=None, collate_fn=lambda x: x))  # type: ignore[arg-type]
@@ -264,14 +262,7 @@ def build(arguments: argparse.Namespace) -> Any:
 
 def save(arguments: argparse.Namespace, folder: Path) -> None:
     """Write the network with a tokenizer of one token per word; no token ends a response."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    size = SHAPES[arguments.size]["vocab_size"]
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(size - 2))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    word_tokenizer(SHAPES[arguments.size]["vocab_size"]).save_pretrained(folder)
     network = build(arguments)
     with torch.no_grad():
         # Random weights would end a response by chance: the end token is next to never drawn.

@@ -24,11 +24,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from common import word_tokenizer
+
 SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512},
     "a": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "vocab_size": 4096},
     "b": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "vocab_size": 8192},
 }
+FIRST = {"b": {"learning_rate": 3e-7}}
+"""Settings of the check: in so large a network the ratio of a token that is next to impossible grows so fast that
+rounding shows."""
 TRL = {"sft": "trl", "reward": "trl", "ppo": "trl==1.12.*", "sampling": None}
 """The last that has PPO is 1.12; sampling needs none."""
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -78,6 +83,8 @@ THEIRS: dict[str, dict[str, dict[str, Any]]] = {
 """Grouped: the rows sorted by length, as groups of a large data set are; default: with the checkpoints TRL sets."""
 
 BF16 = "_bf16"
+"""How the names of ways in bf16-mixed end."""
+
 COMPUTES_ANOTHER = ("trl_wrapped", "lora", "lora_trunk", "trl_lora", "shared_trunk")
 """Ways whose first losses differ by nature: texts that follow each other in a row, other trained weights."""
 
@@ -104,9 +111,8 @@ def main() -> None:
         "epochs": 4,
         "micro_batch": 8,
         "learning_rate": 3e-6,
-        # One micro-batch: TRL's means of PPO are those of a micro-batch. A small rate: of an end token that is next to
-        # impossible the ratio would grow so fast that rounding shows.
-        "first": {"epochs": 2, "micro_batch": arguments.batch or 32, "learning_rate": 3e-7},
+        # One micro-batch: TRL's means of PPO are those of a micro-batch.
+        "first": {"epochs": 2, "micro_batch": arguments.batch or 32, **FIRST.get(arguments.size, {})},
     }
     python = peers_python(TRL[stage], arguments.environments)
     theirs = {name: way for name, way in THEIRS[stage].items() if python or way.get("plain")}
@@ -131,7 +137,7 @@ def main() -> None:
         "over_fp32": {
             x: round(found[x]["rate"] / found[y]["rate"], 3)
             for x in ours
-            if (y := x.removesuffix(BF16)) in ours and x != y
+            if x.endswith(BF16) and (y := x.removesuffix(BF16)) in ours
         },
         "memory": {x: {y: round(found[x]["own"] / found[y]["own"], 3) for y in others} for x in ours},
         "versions": versions(python),
@@ -160,19 +166,15 @@ def peers_python(requirement: str | None, folder: Path) -> str | None:
 def write(folder: Path, arguments: argparse.Namespace, run: dict[str, Any]) -> None:
     """Write the model and the data: token ids, which a tokenizer of one token per word spells for who reads texts."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     from rlhf_lightning.networks import LoRA, NetworkConfig, load_reward_model, load_tokenizer, save_pretrained
 
     size = SIZES[arguments.size]
     vocabulary = size["vocab_size"]
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(vocabulary - 2))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = word_tokenizer(vocabulary)
     for name in ("base", "reward"):
-        fast.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     torch.manual_seed(0)
     config = LlamaConfig(**size, num_attention_heads=8, pad_token_id=0, bos_token_id=None, eos_token_id=1)
     policy = LlamaForCausalLM(config)
@@ -227,8 +229,8 @@ def end_with_probability(policy: Any, probability: float) -> None:
 
 def check(logged: dict[str, dict[str, Any]], sequences: int) -> dict[str, Any]:
     """Return what the ways find of the same batch; raises where one that should agree does not."""
-    rounded = [name for name in logged if name.endswith(BF16)]
-    found = {name: losses(x, sequences) for name, x in logged.items() if name not in (*COMPUTES_ANOTHER, *rounded)}
+    alike = [name for name in logged if name not in COMPUTES_ANOTHER and not name.endswith(BF16)]
+    found = {name: losses(logged[name], sequences) for name in alike}
     first = next(iter(found.values()), {})
     for (name, values), (quantity, expected) in product(found.items(), first.items()):
         value = values[quantity]

@@ -10,6 +10,7 @@ import warnings
 from typing import Any
 
 import torch
+from common import QUIET
 from lightning import Callback, Trainer
 from peers_turns import Turns, last, read
 
@@ -149,10 +150,7 @@ def train(module: Any, batches: Any, turns: Turns, run: dict[str, Any], *, amoun
     Trainer(
         accelerator="cpu",
         max_epochs=last(run),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         precision=run.get("precision", "32-true"),
         callbacks=[TakesTurns(turns, amount=amount)],
         **settings,

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import begin_peak, peak
+
 
 class Turns:
     """Measures CPU-seconds of the process from the beginning of a turn to its end; waiting costs none.
@@ -18,27 +20,21 @@ class Turns:
         # What libraries print goes to standard error.
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        self._before = status("VmRSS")
+        self._before = begin_peak()
         self._start = 0.0
 
     def begin(self) -> None:
         """Wait for the next turn; exit where none comes."""
         if not sys.stdin.readline():
             raise SystemExit
-        Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is the one now
+        begin_peak()
         self._start = time.process_time()
 
     def end(self, **found: Any) -> None:
         """End the turn with what was found."""
         seconds = time.process_time() - self._start
-        found |= {"seconds": seconds, "peak": status("VmHWM"), "before": self._before}
+        found |= {"seconds": seconds, "peak": peak(), "before": self._before}
         print(json.dumps(found), file=self._answers, flush=True)
-
-
-def status(field: str) -> float:
-    """Return a size of this process in MiB: VmRSS now, VmHWM at its largest. Linux only."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) / 1024
 
 
 def last(run: dict[str, Any]) -> int:

@@ -252,8 +252,9 @@ def ended(process: int) -> None:
 def killed(process: int) -> bool:
     """Kill a process by SIGKILL; False where it had ended well by then."""
     os.killpg(process, signal.SIGKILL)
-    _, status = os.waitpid(process, 0)
-    return os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
 
 
 def newest_step(output_dir: str) -> int:
