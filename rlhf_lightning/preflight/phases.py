@@ -242,7 +242,7 @@ def sampling_memory(
         else:
             inputs = {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": positions}
             output = network(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            if "past_key_values" not in output:
+            if not hasattr(output, "past_key_values"):
                 raise RuntimeError("it keeps states of its own in the place of keys and values")
         # As much as the network's forward holds, so that it is gone when the next one begins.
         return output.past_key_values, output.logits[:, -1]
