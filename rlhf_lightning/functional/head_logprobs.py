@@ -1,25 +1,27 @@
 """Log-probabilities from last hidden states and output layer: (tokens x vocabulary) is never whole in memory.
 
-The logits of a few positions at a time are made, used and forgotten. What the backward needs of them is the softmax,
-which is kept where it is small and made again elsewhere (Liger's fused loss, Hsu et al. 2024, is the same idea).
+The logits of a few positions at a time are made, used and forgotten. What the backward needs of them is kept where it
+is small and made again elsewhere (Liger's fused loss, Hsu et al. 2024, is the same idea). On a GPU two compiled kernels
+read the logits as the product left them; elsewhere they are worked on in place, step by step.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf_lightning.functional.fused import can_be_fused, fused
 from rlhf_lightning.functional.precision import at_least_float32
 
-CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**27}
+CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 """Size of the logits that are worked on at a time: on a CPU they stay in its cache."""
 FEWEST_POSITIONS = 64
 """Below these a matrix product is slow."""
 KEPT_BYTES = 2**27
-"""Size of all softmaxes that are kept from forward to backward."""
+"""Size of all that is kept from forward to backward with an entry for each token of the vocabulary."""
 
 
 def head_logprobs(
@@ -62,6 +64,19 @@ def total_logprob(
     return total
 
 
+class _Read(NamedTuple):
+    """What was found of the logits (N, V) of some positions."""
+
+    logprobs: Tensor
+    """(N,)"""
+    entropies: Tensor
+    """(N,), or 0."""
+    kept: Tensor
+    """(N, V) what the gradient is made from: the softmax, or for fused kernels the logits."""
+    log_totals: Tensor
+    """(N,) the logarithm of the sum of exp(logits / temperature)."""
+
+
 class _Logprobs(torch.autograd.Function):
     """Log-probability of each token, and entropy of each distribution where it is asked for, else 0."""
 
@@ -77,40 +92,38 @@ class _Logprobs(torch.autograd.Function):
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        logprobs, entropies = (at_least_float32(hidden.new_zeros(len(tokens))) for _ in range(2))
+        logprobs, entropies, log_totals = (at_least_float32(hidden.new_zeros(len(tokens))) for _ in range(3))
         kept: list[Tensor] = []
         room = KEPT_BYTES if with_gradient else 0
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(hidden, weight):
-                logits = _logits(hidden[rows], weight, bias, temperature)
-                logprobs[rows], softmax, log_total = _normalised(logits, tokens[rows])
-                if with_entropy:
-                    entropies[rows] = log_total - logits.mul_(softmax).sum(dim=1)
-                room -= softmax.nbytes
+                logits = torch.nn.functional.linear(hidden[rows], weight, bias)
+                read = _read(logits, tokens[rows], temperature, with_entropy)
+                logprobs[rows], entropies[rows], log_totals[rows] = read.logprobs, read.entropies, read.log_totals
+                room -= read.kept.nbytes
                 if room >= 0:
-                    kept.append(softmax)
+                    kept.append(read.kept)
         if with_gradient:
-            ctx.save_for_backward(hidden, weight, bias, tokens, entropies, *kept)
+            ctx.save_for_backward(hidden, weight, bias, tokens, entropies, log_totals, *kept)
             ctx.temperature = temperature
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_logprobs: Tensor | None, of_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, tokens, entropies, *kept = ctx.saved_tensors
+        hidden, weight, bias, tokens, entropies, log_totals, *kept = ctx.saved_tensors
         gradients = _Gradients(ctx, hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
             for i, rows in enumerate(_chunks(hidden, weight)):
-                made_again = i >= len(kept)
-                softmax = _logits(hidden[rows], weight, bias, ctx.temperature).softmax(1) if made_again else kept[i]
-                of_logits = torch.zeros_like(softmax)
-                if of_logprobs is not None:
-                    of_logits = _through_logprobs(softmax, tokens[rows], of_logprobs[rows])
-                if of_entropies is not None:
-                    # dH / dz = -p (log p + H)
-                    slope = torch.xlogy(softmax, softmax).addcmul_(softmax, entropies[rows].unsqueeze(1))
-                    of_logits -= slope.mul_(of_entropies[rows].unsqueeze(1))
-                gradients.add(rows, of_logits.div_(ctx.temperature))
+                if i < len(kept):
+                    of_chunk = kept[i]
+                else:
+                    of_chunk = torch.nn.functional.linear(hidden[rows], weight, bias)
+                    if not can_be_fused(of_chunk):
+                        of_chunk = _scaled(of_chunk, ctx.temperature).softmax(1)
+                outer = (None if x is None else x[rows] for x in (of_logprobs, of_entropies))
+                of_logits = _slopes(of_chunk, log_totals[rows], entropies[rows], tokens[rows], ctx.temperature, *outer)
+                gradients.add(rows, of_logits)
         return *gradients.found(), None, None, None, None
 
 
@@ -125,10 +138,13 @@ class _TotalLogprob(torch.autograd.Function):
         gradients = _Gradients(ctx, hidden, weight, bias) if with_gradient else None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(hidden, weight):
-                logprobs, softmax, _ = _normalised(_logits(hidden[rows], weight, bias, 1.0), tokens[rows])
-                total += logprobs.sum()
+                logits = torch.nn.functional.linear(hidden[rows], weight, bias)
+                read = _read(logits, tokens[rows], 1.0, False)
+                total += read.logprobs.sum()
                 if gradients is not None:
-                    gradients.add(rows, _through_logprobs(softmax, tokens[rows], torch.ones_like(logprobs)))
+                    ones = torch.ones_like(read.logprobs)
+                    of_logits = _slopes(read.kept, read.log_totals, read.entropies, tokens[rows], 1.0, ones, None)
+                    gradients.add(rows, of_logits)
         if gradients is not None:
             ctx.save_for_backward(*gradients.found())
         return total
@@ -162,6 +178,10 @@ class _Gradients:
             return
         if self.of_weight.dtype == of_logits.dtype:
             self.of_weight.addmm_(of_logits.T, self.hidden[rows])
+        elif of_logits.is_cuda:
+            torch.addmm(
+                self.of_weight, of_logits.T, self.hidden[rows], out_dtype=self.of_weight.dtype, out=self.of_weight
+            )
         else:
             self.of_weight += of_logits.T @ self.hidden[rows]
 
@@ -190,22 +210,83 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + size, len(hidden)))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = at_least_float32(torch.nn.functional.linear(hidden, weight, bias))
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits / temperature in at least float32, in the same memory where it can be."""
+    logits = at_least_float32(logits)
     return logits if temperature == 1 else logits.div_(temperature)
 
 
-def _normalised(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log p(token) and softmax, and the logarithm of its divisor; the maxima are taken off the logits given."""
-    logits.sub_(logits.amax(dim=1, keepdim=True))
+def _read(logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool) -> _Read:
+    """Find what is wanted of logits (N, V), which are used up."""
+    if can_be_fused(logits):
+        logprobs, entropies, log_totals = _fused_read(logits, tokens, temperature, with_entropy)
+        return _Read(logprobs, entropies, logits, log_totals)
+    logits = _scaled(logits, temperature)
+    largest = logits.amax(dim=1, keepdim=True)
+    logits.sub_(largest)
     softmax = logits.exp()
     total = softmax.sum(dim=1)
     log_total = total.log()
     logprobs = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - log_total
-    return logprobs, softmax.div_(total.unsqueeze(1)), log_total
+    softmax.div_(total.unsqueeze(1))
+    entropies = log_total - logits.mul_(softmax).sum(dim=1) if with_entropy else torch.zeros_like(logprobs)
+    return _Read(logprobs, entropies, softmax, log_total + largest.squeeze(1))
 
 
-def _through_logprobs(softmax: Tensor, tokens: Tensor, of_logprobs: Tensor) -> Tensor:
-    """Return the gradient of the logits: that of each log-probability times (one-hot - softmax)."""
-    of_logits = softmax * -of_logprobs.unsqueeze(1)
-    return of_logits.scatter_add_(1, tokens.unsqueeze(1), of_logprobs.unsqueeze(1))
+def _slopes(
+    kept: Tensor,
+    log_totals: Tensor,
+    entropies: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    of_logprobs: Tensor | None,
+    of_entropies: Tensor | None,
+) -> Tensor:
+    """Return the gradient of the logits: of each log-probability (one-hot - p), and dH / dz = -p (log p + H)."""
+    if can_be_fused(kept):
+        return _fused_slopes(kept, log_totals, entropies, tokens, temperature, of_logprobs, of_entropies)
+    slopes = torch.zeros_like(kept) if of_logprobs is None else kept * -of_logprobs.unsqueeze(1)
+    if of_logprobs is not None:
+        slopes.scatter_add_(1, tokens.unsqueeze(1), of_logprobs.unsqueeze(1))
+    if of_entropies is not None:
+        slope = torch.xlogy(kept, kept).addcmul_(kept, entropies.unsqueeze(1))
+        slopes -= slope.mul_(of_entropies.unsqueeze(1))
+    return slopes if temperature == 1 else slopes.div_(temperature)
+
+
+@fused
+def _fused_read(
+    logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_read`, without what has an entry for each token of the vocabulary."""
+    scaled = at_least_float32(logits) / temperature
+    log_totals = scaled.logsumexp(dim=1)
+    logprobs = scaled.gather(1, tokens.unsqueeze(1)).squeeze(1) - log_totals
+    entropies = torch.zeros_like(log_totals)
+    if with_entropy:
+        normal = scaled - log_totals.unsqueeze(1)
+        entropies = -torch.where(normal.isinf(), 0, normal.exp() * normal).sum(dim=1)
+    return logprobs, entropies, log_totals
+
+
+@fused
+def _fused_slopes(
+    logits: Tensor,
+    log_totals: Tensor,
+    entropies: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    of_logprobs: Tensor | None,
+    of_entropies: Tensor | None,
+) -> Tensor:
+    """`_slopes` from logits, in their type."""
+    normal = at_least_float32(logits) / temperature - log_totals.unsqueeze(1)
+    softmax = normal.exp()
+    slopes = torch.zeros_like(softmax)
+    if of_logprobs is not None:
+        is_token = torch.arange(logits.shape[1], device=logits.device) == tokens.unsqueeze(1)
+        slopes = (is_token.to(softmax.dtype) - softmax) * of_logprobs.unsqueeze(1)
+    if of_entropies is not None:
+        by_entropy = softmax * (normal + entropies.unsqueeze(1)) * of_entropies.unsqueeze(1)
+        slopes = slopes - torch.where(normal.isinf(), 0, by_entropy)
+    return (slopes / temperature).to(logits.dtype)

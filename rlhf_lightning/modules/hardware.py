@@ -46,7 +46,7 @@ def check_hardware(trainer: Trainer, module: Trained) -> None:
     if bits and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         raise InputError(
             f"{', '.join(bits)}: {type(trainer.strategy).__name__} cuts weights into shards, which bitsandbytes, roles "
-            "on one backbone and compiled bodies cannot be; use one device or trainer.strategy=ddp"
+            "on one backbone and compiled blocks cannot be; use one device or trainer.strategy=ddp"
         )
 
 

@@ -430,16 +430,16 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """Return AdamW; with 8 bits the moments of the weights ``in_32_bits`` stay so.
 
-    On a CPU the 32-bit one works in one kernel, where a loop over the weights takes several times longer.
+    The 32-bit one works in one kernel, where a loop over the weights takes several times longer.
     """
     if optimizer != "adamw":
         from rlhf_lightning.modules.eight_bit import AdamW8bit
 
         return AdamW8bit(groups, in_32_bits, is_paged=optimizer == "paged_adamw_8bit", **settings)
-    # On CUDA torch chooses: Lightning cannot clip gradients that a fused step unscales (16-mixed).
-    on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
-    adam = torch.optim.AdamW(groups, fused=on_cpu or None, **settings)
-    # Lightning asks this before it clips in bf16-mixed, too; on a CPU nothing is scaled.
+    is_known = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    adam = torch.optim.AdamW(groups, fused=is_known or None, **settings)
+    # Gradients of 16-mixed are unscaled before the step: Lightning cannot clip those that the step unscales, and does
+    # not clip in bf16-mixed, either, where the optimizer says that it could.
     adam._step_supports_amp_scaling = False
     return adam
 

@@ -12,7 +12,7 @@ from torch import nn
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks.adapters import Adapter, attach, check_same_shape, read_adapter, same_network
 from rlhf_lightning.networks.checkpointing import checkpoint_blocks
-from rlhf_lightning.networks.compiling import compile_body
+from rlhf_lightning.networks.compiling import compile_blocks
 from rlhf_lightning.networks.configs import setting_of
 from rlhf_lightning.networks.lora import LoRA, add_adapter, merge_adapter
 from rlhf_lightning.networks.quantizing import (
@@ -61,7 +61,7 @@ class NetworkConfig:
     gradient_checkpointing: bool = False
     """Make activations again in the backward instead of keeping them: less memory, a third more work."""
     compile: bool = False
-    """Run the body compiled (`torch.compile`) where whole sequences are read; the first batch waits for that."""
+    """Run the blocks compiled (`torch.compile`) where whole sequences are read; the first batch waits for that."""
     roles: Roles = "separate"
     """In PPO: four "separate" networks, or adapters on one "shared" backbone, which needs ``lora``."""
 
@@ -111,10 +111,7 @@ def load_policy(model: Model) -> "PreTrainedModel":
     _check_causal(policy, network)
     _fit_vocabulary(policy, load_tokenizer(model), network)
     _adapt(policy, network, adapter)
-    if network.gradient_checkpointing:
-        checkpoint_blocks(policy)
-    if network.compile:
-        compile_body(policy)
+    _prepare(policy, network)
     if adapter is not None:
         _take_over_generation_config(policy, adapter)
     return cast("PreTrainedModel", policy)
@@ -161,11 +158,17 @@ def load_reward_model(
     if not head_is_there:
         init_scalar_head(head, generator, head_init=head_init)
     head.requires_grad_(True)
-    if network.gradient_checkpointing:
-        checkpoint_blocks(reward_model)
-    if network.compile:
-        compile_body(reward_model)
+    _prepare(reward_model, network)
     return cast("PreTrainedModel", reward_model)
+
+
+def _prepare(model: nn.Module, network: NetworkConfig) -> None:
+    """Let the blocks work as the settings say."""
+    if network.compile:
+        compile_blocks(model)
+    # Around what is compiled.
+    if network.gradient_checkpointing:
+        checkpoint_blocks(model)
 
 
 def load_tokenizer(model: str | Path | NetworkConfig) -> "PreTrainedTokenizerBase":

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
+from rlhf_lightning.networks.compiling import as_the_first, numbered
 from rlhf_lightning.networks.sharding import blocks
 
 CACHE = "past_key_values"
@@ -26,7 +27,7 @@ def can_be_compiled(policy: nn.Module) -> bool:
         and isinstance(policy, PreTrainedModel)
         and policy._can_compile_fullgraph
         and bool(blocks(policy))
-        and all(len(_numbered(block)) == 1 for block in blocks(policy))
+        and all(len(numbered(block)) == 1 for block in blocks(policy))
         and all(CACHE in signature(type(block).forward).parameters for block in blocks(policy))
         and all(type(layer) is nn.Linear for layer in linear)
     )
@@ -35,39 +36,30 @@ def can_be_compiled(policy: nn.Module) -> bool:
 @contextmanager
 def compiled_blocks(policy: nn.Module) -> Iterator[None]:
     """Let the blocks read one token a row by compiled code, whose kernels each do what many do otherwise."""
-    before = torch._dynamo.config.cache_size_limit
-    # One for each span and number of slots until the lengths are taken as variable.
-    torch._dynamo.config.cache_size_limit = max(before, 64)
-    for block in blocks(policy):
+    before = {block: vars(block).get("forward") for block in blocks(policy)}
+    for block in before:
         vars(block)["forward"] = _Compiled(block)
     try:
         yield
     finally:
-        torch._dynamo.config.cache_size_limit = before
-        for block in blocks(policy):
-            del vars(block)["forward"]
+        for block, forward in before.items():
+            if forward is None:
+                del vars(block)["forward"]
+            else:
+                vars(block)["forward"] = forward
 
 
 class _Compiled:
-    """The forward of a block, which is told that it is the only one: its number would need a compilation of its own."""
+    """The forward of a block, with a cache of its one layer."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
-        (self.attention,) = _numbered(block)
+        (self.attention,) = numbered(block)
         self.signature = signature(type(block).forward)
         self.forward = _compiled.setdefault(type(block), torch.compile(type(block).forward))
 
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
         given = self.signature.bind(self.block, *arguments, **settings)
-        number = self.attention.layer_idx
-        given.arguments[CACHE] = given.arguments[CACHE].alone[number]
-        self.attention.layer_idx = 0
-        try:
+        given.arguments[CACHE] = given.arguments[CACHE].alone[self.attention.layer_idx]
+        with as_the_first(self.block):
             return self.forward(*given.args, **given.kwargs)
-        finally:
-            self.attention.layer_idx = number
-
-
-def _numbered(block: nn.Module) -> list[Any]:
-    """Return what knows its place among the blocks, and asks the cache for its states."""
-    return [part for part in block.modules() if hasattr(part, "layer_idx")]

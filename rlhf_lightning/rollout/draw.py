@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.functional.fused import fused
 from rlhf_lightning.functional.precision import at_least_float32
 
 BLOCK = 64
@@ -18,6 +19,7 @@ def noise(rows: int, tokens: int, generator: torch.Generator) -> Float[Tensor, "
     return torch.rand(rows, tokens, 2, dtype=torch.float64, device=generator.device, generator=generator)
 
 
+@fused
 def draw(
     logits: Float[Tensor, "B V"], uniform: Float[Tensor, "B 2"], *, temperature: float
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"], Bool[Tensor, ""]]:

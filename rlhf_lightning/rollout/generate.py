@@ -15,6 +15,7 @@ from rlhf_lightning.networks.sharding import is_sharded, waits_for_others
 from rlhf_lightning.rollout.by_transformers import sample_by_transformers
 from rlhf_lightning.rollout.draw import noise
 from rlhf_lightning.rollout.in_slots import sample_in_slots
+from rlhf_lightning.rollout.joined import joined
 from rlhf_lightning.rollout.stand_ins import stand_ins
 from rlhf_lightning.rollout.stepwise import sample_stepwise
 from rlhf_lightning.types import PromptBatch, SampledRollout
@@ -98,7 +99,8 @@ def sample_tokens(
     cache that they make; `sample_by_transformers` from all that `transformers` can generate with.
     """
     settings: dict[str, Any] = {"temperature": temperature, "stop_tokens": stop_tokens}
-    plain_layers = nullcontext() if is_sharded(policy) else stand_ins(policy, keep=prompt_tokens.device.type == "cuda")
+    on_a_gpu = prompt_tokens.is_cuda
+    plain_layers = nullcontext() if is_sharded(policy) else stand_ins(policy, keep=on_a_gpu)
     with evaluating(policy), plain_layers:
         if sampler == "transformers":
             settings |= {"max_new_tokens": max_new_tokens, "generator": generator}
@@ -107,7 +109,8 @@ def sample_tokens(
             uniform = noise(len(prompt_tokens), max_new_tokens, generator)
             plain = sees_all(policy) and not waits_for_others(policy)
             sample = sample_in_slots if plain else sample_stepwise
-            tokens, logprobs = sample(policy, prompt_tokens, prompt_mask, uniform, **settings)
+            with joined(policy) if plain and on_a_gpu else nullcontext():
+                tokens, logprobs = sample(policy, prompt_tokens, prompt_mask, uniform, **settings)
     # Up to the end of the longest response, and each ended one filled up.
     ended = torch.isin(tokens, stop_tokens)
     lengths = through_first(tokens, stop_tokens).sum(dim=1)

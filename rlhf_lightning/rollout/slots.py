@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._triton import has_triton
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
@@ -113,10 +114,15 @@ def attend_from_one_token(
             f"sampler=builtin does not know the softcap={softcap} of this network; use sampler=transformers"
         )
     rows, heads, _, size = query.shape
+    scaling = size**-0.5 if scaling is None else scaling
+    if attention_mask is not None and query.is_cuda and query.dtype != torch.float64 and has_triton():
+        from rlhf_lightning.rollout.one_token_kernel import attend
+
+        return attend(query.to(key), key, value, attention_mask, scaling).unsqueeze(1), None
     packed = query.reshape(rows, key.shape[1], heads // key.shape[1], size).to(key)
     if query.device.type == "cpu":
         # Its fused kernel takes up to twice as long for one token.
-        scores = packed @ key.transpose(2, 3) * (size**-0.5 if scaling is None else scaling)
+        scores = packed @ key.transpose(2, 3) * scaling
         scores = scores if attention_mask is None else scores + attention_mask
         attended = torch.softmax(scores, dim=-1, dtype=at_least_float32(scores[:0]).dtype).to(value) @ value
     else:

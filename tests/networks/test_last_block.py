@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from rlhf_lightning.networks import LoRA
 from rlhf_lightning.networks.checkpointing import checkpoint_blocks
-from rlhf_lightning.networks.compiling import compile_body
+from rlhf_lightning.networks.compiling import compile_blocks
 from rlhf_lightning.networks.critic import Critic, TrunkCritic, new_value_head
 from rlhf_lightning.networks.last_block import feed_forward, makes_some_states, reading_states
 from rlhf_lightning.networks.lora import adapter_weights, add_adapter, train_adapter
@@ -118,7 +118,7 @@ def test_all_states_are_made_where_a_token_needs_others_or_the_part_is_run_again
     looking, checkpointed, compiled = body(policy), body(policy), body(policy)
     looking.layers[-1].mlp = LooksAround(looking.layers[-1].mlp)
     checkpoint_blocks(checkpointed)
-    compile_body(compiled)
+    compile_blocks(compiled)
     # The layers of OPT's feed-forward part stand beside its attention one by one.
     opt = other_family("opt").base_model
     assert makes_some_states(body(policy))
