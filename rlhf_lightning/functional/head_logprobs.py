@@ -104,7 +104,8 @@ class _Logprobs(torch.autograd.Function):
                 if room >= 0:
                     kept.append(read.kept)
         if with_gradient:
-            ctx.save_for_backward(hidden, weight, bias, tokens, entropies, log_totals, *kept)
+            # A copy: what is returned gets a gradient, which a compiler would look for.
+            ctx.save_for_backward(hidden, weight, bias, tokens, entropies.clone(), log_totals, *kept)
             ctx.temperature = temperature
         return logprobs, entropies
 

@@ -36,11 +36,15 @@ class PhaseMemory:
     """What has an entry for each token of the vocabulary: logits, their softmax, their gradient."""
     cache: int = 0
     """Keys and values of the tokens that were read."""
+    kept: int = 0
+    """What sampling keeps on a GPU for the next rollout: cache, and weights as it reads them."""
+    libraries: int = 0
+    """What cuBLAS works in."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.activations + self.logits + self.cache
+        return self.activations + self.logits + self.cache + self.kept + self.libraries
 
 
 class Allocations(TorchDispatchMode):

@@ -96,6 +96,14 @@ def cache_bytes(network: nn.Module, *, sequences: int, length: int) -> int:
     return sequences * length * of_a_token * next(network.parameters()).element_size()
 
 
+def cublas_bytes(device: torch.device, *, workspaces: int) -> int:
+    """Return what cuBLAS works in on a CUDA device: torch gives it so much for each thread and stream."""
+    if device.type != "cuda":
+        return 0
+    is_hopper_or_later = torch.cuda.get_device_capability(device) >= (9, 0)
+    return workspaces * (2**25 if is_hopper_or_later else 2**23 + 2**17)
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Return the memory that can still be had on a device, None where that cannot be asked.
 
@@ -163,7 +171,13 @@ def _states_in_8_bits(weight: nn.Parameter, *, in_32: bool) -> int:
 
 
 def _parts(need: PhaseMemory) -> str:
-    parts = {"activations": need.activations, "logits": need.logits, "cache": need.cache}
+    parts = {
+        "activations": need.activations,
+        "logits": need.logits,
+        "cache": need.cache,
+        "kept by sampling": need.kept,
+        "libraries": need.libraries,
+    }
     return ", ".join(f"{part} {_size(size)}" for part, size in parts.items() if size)
 
 

@@ -1,6 +1,7 @@
 """What the phases of a run hold beside weights, gradients and optimizer, each done once without numbers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -16,11 +17,13 @@ from rlhf_lightning.networks.last_block import makes_some_states
 from rlhf_lightning.networks.plain_head import plain_head, plain_scalar_head
 from rlhf_lightning.networks.sharding import is_sharded
 from rlhf_lightning.preflight.allocations import PhaseMemory, allocated
-from rlhf_lightning.preflight.memory import ADAMW_STATES, Estimate, RoleMemory, role_memory
+from rlhf_lightning.preflight.memory import Estimate, RoleMemory, cublas_bytes, role_memory
 from rlhf_lightning.rollout.draw import draw
 from rlhf_lightning.rollout.experience import MicroBatch
 from rlhf_lightning.rollout.generate import Sampler
 from rlhf_lightning.rollout.in_slots import MOST_SLOTS, READ_AT_ONCE, read_prompts
+from rlhf_lightning.rollout.joined import joined
+from rlhf_lightning.rollout.recording import room_for
 from rlhf_lightning.rollout.reward import ModelReward, Reward
 from rlhf_lightning.rollout.score import score_rows
 from rlhf_lightning.rollout.slots import Slots
@@ -113,16 +116,17 @@ def ppo_memory(run: PPONetworks, device: torch.device, *, sequences: int, prompt
     rows = min(run.micro_batch_size, most, run.minibatch_size)
 
     def work() -> dict[str, PhaseMemory]:
-        return {
-            "sampling": sampling_memory(
-                run.policy,
-                device,
-                sequences=sequences,
-                prompt=prompt_length,
-                new=new,
-                temperature=run.temperature,
-                sampler=run.sampler,
-            ),
+        sampling, kept = sampling_memory(
+            run.policy,
+            device,
+            sequences=sequences,
+            prompt=prompt_length,
+            new=new,
+            temperature=run.temperature,
+            sampler=run.sampler,
+        )
+        phases = {
+            "sampling": sampling,
             "scoring": scoring_memory(
                 run, models, device, rows=min(run.micro_batch_size, most, sequences), length=length, new=new
             ),
@@ -134,7 +138,16 @@ def ppo_memory(run: PPONetworks, device: torch.device, *, sequences: int, prompt
                 new=new,
                 accumulates=rows < run.minibatch_size or run.ptx_coef > 0,
             ),
-            **stepping(roles, device, optimizer=run.optimizer),
+        }
+        # Sampling is recorded on a stream of its own, and a backward has a thread of its own.
+        libraries = {"sampling": 2, "scoring": 2, "updating": 3}
+        return {
+            name: replace(
+                phase,
+                kept=0 if name == "sampling" else kept,
+                libraries=cublas_bytes(device, workspaces=libraries[name]),
+            )
+            for name, phase in phases.items()
         }
 
     return _estimate(roles, held.values(), work)
@@ -150,7 +163,7 @@ def supervised_memory(run: Supervised, batch: SFTBatch | ComparisonBatch) -> Est
         update_once = partial(_update_once, run, batch)
         # The gradients of the step before are there until the forward is done.
         update = allocated(update_once, run.modules(), device, vocabulary=vocabulary, gradients=True)
-        return {"updating": update, **stepping(roles, device, optimizer=run.optimizer)}
+        return {"updating": replace(update, libraries=cublas_bytes(device, workspaces=2))}
 
     if isinstance(batch, ComparisonBatch):
         # What a score is made of, is seen from numbers, too.
@@ -178,13 +191,6 @@ def roles_memory(networks: Mapping[str, nn.Module], device: torch.device, *, opt
         )
         counted.update(network.parameters())
     return roles
-
-
-def stepping(roles: Mapping[str, RoleMemory], device: torch.device, *, optimizer: str) -> dict[str, PhaseMemory]:
-    """Return what a step holds: on CUDA torch's AdamW works on all weights at once, with a denominator for each."""
-    if device.type != "cuda" or optimizer != "adamw":
-        return {}
-    return {"stepping": PhaseMemory(sum(role.optimizer for role in roles.values()) // ADAMW_STATES)}
 
 
 def _estimate(
@@ -222,10 +228,11 @@ def sampling_memory(
     new: int,
     temperature: float,
     sampler: Sampler = "builtin",
-) -> PhaseMemory:
+) -> tuple[PhaseMemory, int]:
     """Return what it takes to read so many prompts, to make room for the new tokens, and to sample the last of them.
 
-    Where the network makes the cache itself, which grows with each token, it is the first two tokens' work alone.
+    The number beside it is what a GPU keeps of it, in bytes. Where the network makes the cache itself, which grows with
+    each token, it is the first two tokens' work alone.
     """
     network: Any = policy
     in_slots = sampler == "builtin" and sees_all(policy)
@@ -234,7 +241,8 @@ def sampling_memory(
     rows = torch.arange(at_once, device=device)
     mask = _padded(len(rows), prompt, device)
     tokens = torch.zeros(len(rows), prompt, dtype=torch.long, device=device)
-    cache_size = 0
+    cache_size = kept = 0
+    on_a_gpu = device.type == "cuda"
 
     def read(tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
         if in_slots:
@@ -249,8 +257,9 @@ def sampling_memory(
 
     @torch.no_grad()
     def work() -> None:
-        nonlocal cache_size
-        with stand_ins(policy):
+        nonlocal cache_size, kept
+        weights = {id(weight) for weight in policy.parameters()}
+        with stand_ins(policy), joined(policy) if in_slots and on_a_gpu else nullcontext():
             cache, logits = read(tokens, mask, position_ids(mask), None)
             if not in_slots:
                 noise = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
@@ -260,12 +269,15 @@ def sampling_memory(
             slots = Slots(
                 cache,
                 count=count,
-                capacity=prompt + new,
+                capacity=room_for(prompt + new, device=device),
                 longest=new,
                 temperature=temperature,
                 stop_tokens=torch.zeros(0, dtype=torch.long, device=device),
             )
             cache_size = slots.cache_bytes
+            if on_a_gpu:
+                copies = (weight for weight in policy.parameters() if id(weight) not in weights)
+                kept = slots.bytes + sum(weight.nbytes for weight in copies)
             order, lengths = torch.argsort(~mask, dim=1, stable=True), mask.sum(dim=1)
             noise = torch.zeros(len(rows), new, 2, dtype=torch.float64, device=device)
             slots.let_in(rows, logits, cache, rows, order=order, lengths=lengths, uniform=noise)
@@ -274,7 +286,7 @@ def sampling_memory(
                 slots.step(policy, count, prompt + new)
 
     found = allocated(work, [policy], device, vocabulary=vocabulary_of(policy))
-    return replace(found, activations=max(0, found.activations - cache_size), cache=cache_size)
+    return replace(found, activations=max(0, found.activations - cache_size), cache=cache_size), kept
 
 
 def scoring_memory(

@@ -109,7 +109,7 @@ def sample_tokens(
             uniform = noise(len(prompt_tokens), max_new_tokens, generator)
             plain = sees_all(policy) and not waits_for_others(policy)
             sample = sample_in_slots if plain else sample_stepwise
-            with joined(policy) if plain and on_a_gpu else nullcontext():
+            with joined(policy, keep=True) if plain and on_a_gpu else nullcontext():
                 tokens, logprobs = sample(policy, prompt_tokens, prompt_mask, uniform, **settings)
     # Up to the end of the longest response, and each ended one filled up.
     ended = torch.isin(tokens, stop_tokens)

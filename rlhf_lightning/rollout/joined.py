@@ -19,11 +19,11 @@ _kept: "WeakKeyDictionary[nn.Module, tuple[nn.Module, ...]]" = WeakKeyDictionary
 
 
 @contextmanager
-def joined(policy: nn.Module) -> Iterator[None]:
+def joined(policy: nn.Module, *, keep: bool = False) -> Iterator[None]:
     """Let the first of neighbouring layers make the products of all of them, for the block.
 
-    The weights are copied when the block begins; the memory of the copy is kept for the next block, so that recorded
-    steps find the weights where they were. Afterwards the layers are back, and nothing of them was changed.
+    The weights are copied when the block begins; with ``keep`` the memory of the copy is kept for the next block, so
+    that recorded steps find the weights where they were. Afterwards the layers are back as they were.
     """
     put_in: list[tuple[nn.Module, str, Any]] = []
     for parent in policy.modules():
@@ -32,7 +32,7 @@ def joined(policy: nn.Module) -> Iterator[None]:
             if not _can_be_joined(layers):
                 continue
             put_in += [(parent, name, layer) for name, layer in zip(names, layers, strict=True)]
-            for name, part in zip(names, _parts(layers), strict=True):
+            for name, part in zip(names, _parts(layers, keep=keep), strict=True):
                 parent._modules[name] = part
     try:
         yield
@@ -102,7 +102,7 @@ def _can_be_joined(layers: list[Any]) -> bool:
     return len(alike) == 1 and sum(layer.weight.nbytes for layer in layers) <= LARGEST
 
 
-def _parts(layers: list[Any]) -> tuple[nn.Module, ...]:
+def _parts(layers: list[Any], *, keep: bool) -> tuple[nn.Module, ...]:
     """Return what stands in for the layers: what did before, with their weights as they are now, or new ones."""
     kept = _kept.get(layers[0])
     first: Any = kept and kept[0]
@@ -112,5 +112,6 @@ def _parts(layers: list[Any]) -> tuple[nn.Module, ...]:
         return kept
     first = _First(layers)
     parts = (first, *(_Other(first, place) for place in range(1, len(layers))))
-    _kept[layers[0]] = parts
+    if keep:
+        _kept[layers[0]] = parts
     return parts

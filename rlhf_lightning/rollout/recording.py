@@ -8,9 +8,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
 
 from rlhf_lightning.rollout.compiled import can_be_compiled, compiled_blocks
-from rlhf_lightning.rollout.slots import Slots
+from rlhf_lightning.rollout.slots import Slots, use_kernel
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class Recorder:
 
     def __init__(self) -> None:
         """Start without recordings."""
+        if has_triton():
+            use_kernel()
         self._slots: Slots | None = None
         self._made_for: Any = None
         self._recordings: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
@@ -87,7 +90,7 @@ class Recorder:
             self._around_a_step = compiled_blocks if can_be_compiled(policy) else _as_it_is
         if self._slots is None or not self._slots.fit(like, **sizes):
             self._forget()
-            sizes["capacity"] = _rounded(sizes["capacity"])
+            sizes["capacity"] = room_for(sizes["capacity"], device=sizes["stop_tokens"].device)
             self._slots = Slots(like, **sizes)
         self._slots.clear()
         return self._slots
@@ -136,6 +139,11 @@ class Recorder:
             return None
         self._pool = recording.pool()
         return recording
+
+
+def room_for(length: int, *, device: torch.device) -> int:
+    """Return how many tokens a slot has room for where the longest of a rollout has ``length``."""
+    return _rounded(length) if device.type == "cuda" else length
 
 
 def _as_it_is(policy: nn.Module) -> AbstractContextManager[None]:

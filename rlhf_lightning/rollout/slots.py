@@ -3,12 +3,12 @@
 `transformers` lets a cache and a way to attend be put in from outside; both are here, made for one new token a row.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._triton import has_triton
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
@@ -19,6 +19,17 @@ from rlhf_lightning.rollout.draw import draw
 
 ONE_TOKEN = "one_token"
 """The name of `attend_from_one_token` in `transformers`."""
+
+_kernel: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] | None = None
+
+
+def use_kernel() -> None:
+    """Let `attend_from_one_token` take the kernel of `one_token_kernel` on CUDA; Triton must be at hand."""
+    # Not where it attends: compiled code would be cut in two there.
+    global _kernel
+    from rlhf_lightning.rollout.one_token_kernel import attend
+
+    _kernel = attend
 
 
 class Places:
@@ -115,10 +126,10 @@ def attend_from_one_token(
         )
     rows, heads, _, size = query.shape
     scaling = size**-0.5 if scaling is None else scaling
-    if attention_mask is not None and query.is_cuda and query.dtype != torch.float64 and has_triton():
-        from rlhf_lightning.rollout.one_token_kernel import attend
-
-        return attend(query.to(key), key, value, attention_mask, scaling).unsqueeze(1), None
+    # The kernel has no float64, and needs numbers.
+    is_for_kernel = query.is_cuda and query.dtype != torch.float64 and type(query) is Tensor
+    if _kernel is not None and is_for_kernel and attention_mask is not None:
+        return _kernel(query.to(key), key, value, attention_mask, scaling).unsqueeze(1), None
     packed = query.reshape(rows, key.shape[1], heads // key.shape[1], size).to(key)
     if query.device.type == "cpu":
         # Its fused kernel takes up to twice as long for one token.
@@ -170,6 +181,12 @@ class Slots:
     def cache_bytes(self) -> int:
         """Bytes of all keys and values."""
         return sum(layer.all_keys.nbytes + layer.all_values.nbytes for layer in self.layers)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = (x for x in vars(self).values() if isinstance(x, Tensor))
+        return self.cache_bytes + sum(x.nbytes for x in tensors)
 
     def fit(
         self, like: Any, *, count: int, capacity: int, longest: int, temperature: float, stop_tokens: Tensor

@@ -58,7 +58,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("work", choices=["sampling", "generate", "sft", "ppo", "four_roles"])
+    parser.add_argument("work", choices=["sampling", "generate", "sft", "ppo", "ppo_of_trl", "four_roles"])
     parser.add_argument("--size", choices=SHAPES, default="0.5B")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--precision", default="bf16-true")
@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--compile", action="store_true", help="network.compile of sft and ppo")
+    parser.add_argument("--critic", choices=["separate", "shared_trunk"], default="separate")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -139,6 +141,7 @@ def of_sampling(arguments: argparse.Namespace, network: Any, sample: Callable[[]
 def sft(arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of fine-tuning on full sequences, and its share of the measured peak of matrix products."""
     from rlhf_lightning.modules import SFTModule
+    from rlhf_lightning.networks import NetworkConfig
     from rlhf_lightning.types import SFTBatch
 
     length = arguments.prompt + arguments.new
@@ -147,7 +150,7 @@ def sft(arguments: argparse.Namespace) -> dict[str, Any]:
     batch = SFTBatch(tokens=tokens, attention_mask=ones, loss_mask=ones.clone().index_fill(1, torch.tensor(0), False))
     with tempfile.TemporaryDirectory() as folder:
         save(arguments, Path(folder))
-        module = SFTModule(folder)
+        module = SFTModule(NetworkConfig(folder, compile=arguments.compile))
         steps = step_seconds(module, [batch] * (arguments.repeats + 3), arguments)
     seconds = statistics.median(steps[3:])
     config = module.policy.config
@@ -163,7 +166,7 @@ def sft(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def ppo(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a rollout with its updates; policy, critic, reference and reward of equal size."""
-    return of_ppo(arguments, {}, {})
+    return of_ppo(arguments, {"compile": arguments.compile}, {"critic": arguments.critic})
 
 
 def four_roles(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -186,7 +189,7 @@ def of_ppo(arguments: argparse.Namespace, network: dict[str, Any], settings: dic
         base, reward = Path(folder) / "base", Path(folder) / "reward"
         save(arguments, base)
         config = NetworkConfig(str(base), **network)
-        export = "adapter" if network else "merged"
+        export = "adapter" if "lora" in network else "merged"
         save_pretrained(load_reward_model(config), load_tokenizer(base), reward, export=export)
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
@@ -206,11 +209,81 @@ def of_ppo(arguments: argparse.Namespace, network: dict[str, Any], settings: dic
         steps = step_seconds(module, [batch] * (arguments.repeats + 1), arguments)
     logged = module.trainer.callback_metrics
     return {
-        "first_s": steps[0],
+        "steps": [round(x, 2) for x in steps],
         "seconds": statistics.median(steps[1:]),
         "response_length": float(logged["ppo/response_length"]),
         "kl": float(logged["ppo/kl"]),
     }
+
+
+def ppo_of_trl(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same by TRL 1.12, the last that has PPO: four networks, without gradient checkpoints."""
+    from datasets import Dataset
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        LlamaConfig,
+        LlamaForSequenceClassification,
+        TrainerCallback,
+    )
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.steps: list[float] = []
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            synchronize()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            synchronize()
+            now = time.perf_counter()
+            self.steps.append(now - self.start)
+            self.start = now
+
+    clock, load = Clock(), {"dtype": torch.bfloat16 if arguments.precision == "bf16-true" else torch.float32}
+    with tempfile.TemporaryDirectory() as folder:
+        base, reward = Path(folder) / "base", Path(folder) / "reward"
+        save(arguments, base)
+        scored = LlamaConfig.from_pretrained(base, num_labels=1)
+        LlamaForSequenceClassification(scored).to(load["dtype"]).save_pretrained(reward)
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        settings = PPOConfig(
+            output_dir=folder,
+            use_cpu=arguments.device == "cpu",
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            learning_rate=3e-6,
+            per_device_train_batch_size=arguments.micro_batch_size,
+            gradient_accumulation_steps=arguments.batch // arguments.micro_batch_size,
+            num_ppo_epochs=4,
+            total_episodes=(arguments.repeats + 1) * arguments.batch,
+            response_length=arguments.new,
+            stop_token="eos",
+            temperature=1.0,
+            num_sample_generations=0,
+            local_rollout_forward_batch_size=arguments.batch,
+        )
+        policy, reference = (AutoModelForCausalLM.from_pretrained(base, **load) for _ in range(2))
+        reward_model, critic = (AutoModelForSequenceClassification.from_pretrained(reward, **load) for _ in range(2))
+        PPOTrainer(
+            settings,
+            AutoTokenizer.from_pretrained(base, padding_side="left"),
+            policy,
+            ref_model=reference,
+            reward_model=reward_model,
+            value_model=critic,
+            train_dataset=Dataset.from_dict({"input_ids": prompt_tokens(arguments).tolist()}),
+            callbacks=[clock],
+        ).train()
+    return {"steps": [round(x, 2) for x in clock.steps], "seconds": statistics.median(clock.steps[1:])}
 
 
 def step_seconds(module: Any, batches: list[Any], arguments: argparse.Namespace) -> list[float]:

@@ -114,10 +114,18 @@ def test_gradients_are_clipped(
     for clip in (1e9, 1e-3):
         norms[clip] = []
         torch.manual_seed(0)
-        fit(kind(str(wide_model)), [batch], max_epochs=2, gradient_clip_val=clip, **device_of(precision))
-    assert len(norms[1e9]) == len(norms[1e-3]) == 2
+        fit(
+            kind(str(wide_model)),
+            [batch],
+            max_epochs=8 if precision == "16-mixed" else 2,
+            gradient_clip_val=clip,
+            **device_of(precision),
+        )
+    # Steps whose gradients overflow are left out, and with them what follows a step.
+    steps = [len(norms[clip]) for clip in norms]
+    assert steps == [2, 2] or (precision == "16-mixed" and min(steps) > 0)
     assert min(norms[1e9]) > 2e-3
-    assert [float(norm) for norm in norms[1e-3]] == pytest.approx([1e-3, 1e-3], rel=0.02)
+    assert [float(norm) for norm in norms[1e-3]] == pytest.approx([1e-3] * steps[1], rel=0.02)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

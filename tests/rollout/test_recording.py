@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_lightning.functional.masking import position_ids
+from rlhf_lightning.rollout.generate import sample_tokens
 from rlhf_lightning.rollout.recording import OneByOne, Recorder, recorder_of
 from rlhf_lightning.types import PromptBatch
 
@@ -80,6 +82,25 @@ class TestRecordings:
         monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", slots)
         for _ in range(2):
             assert torch.equal(sample_on("cuda", network, batch, stops), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_log_probabilities_of_joined_layers_and_own_kernel_are_those_of_a_forward(
+        self, dtype: torch.dtype, policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+    ) -> None:
+        network, batch = policy().to("cuda", dtype), prompts(MANY)
+        tokens, mask = batch.prompt_tokens.cuda(), batch.prompt_mask.cuda()
+        none = torch.zeros(0, dtype=torch.long, device="cuda")
+        for seed in range(2):
+            noise = torch.Generator("cuda").manual_seed(seed)
+            found = sample_tokens(
+                network, tokens, mask, max_new_tokens=140, temperature=1.0, stop_tokens=none, generator=noise
+            )
+            both, whole = torch.cat([tokens, found.tokens], 1), torch.nn.functional.pad(mask, (0, 140), value=True)
+            with torch.no_grad():
+                logits = network(both, attention_mask=whole.long(), position_ids=position_ids(whole)).logits
+            logprobs = logits[:, 4:-1].float().log_softmax(-1).gather(2, found.tokens.unsqueeze(2)).squeeze(2)
+            error = (found.logprobs - logprobs).abs().max()
+            assert error < (1e-4 if dtype == torch.float32 else 0.1)
 
     def test_recordings_are_used_again_and_see_new_weights(
         self, policy: Callable[..., Any], prompts: Callable[..., PromptBatch], sample_on: Callable[..., Tensor]

@@ -1,0 +1,111 @@
+"""Chains that are compiled on a GPU, against the same step by step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rlhf_lightning.functional import fused as own
+from rlhf_lightning.functional import head_logprobs as functional_head
+from rlhf_lightning.functional.fused import can_be_fused, fused
+from rlhf_lightning.functional.head_logprobs import head_logprobs, head_logprobs_and_entropy, total_logprob
+from rlhf_lightning.rollout.draw import draw
+
+on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+def doubled(x: Tensor, *, more: float) -> Tensor:
+    return 2 * x + more
+
+
+def test_a_cpu_takes_the_steps_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "WORTH_IT", 0)
+    x = torch.randn(3)
+    assert not can_be_fused(x)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(fused(doubled)(x, more=1.0), 2 * x + 1)
+
+
+def test_what_has_no_numbers_is_never_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "WORTH_IT", 0)
+    monkeypatch.setattr(own, "_has_compilers", lambda: True)
+    with FakeTensorMode():
+        x = torch.empty(3, device="cuda")
+    assert x.is_cuda
+    assert not can_be_fused(x)
+
+
+@pytest.mark.parametrize("size", [2**19 - 1, pytest.param(2**19, marks=on_a_gpu)])
+def test_large_tensors_on_a_gpu_are_fused_and_small_ones_are_not(size: int) -> None:
+    x = torch.zeros(size, device="cuda" if torch.cuda.is_available() else "cpu")
+    assert can_be_fused(x) == (size == 2**19)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_a_gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where chains are compiled if a test says so; on a CPU they are compiled in these tests alone."""
+    return str(request.param)
+
+
+@pytest.fixture
+def fuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """``fuse(wanted)``: whether chains are compiled from now on."""
+
+    def choose(wanted: bool) -> None:
+        for module in (own, functional_head):
+            monkeypatch.setattr(module, "can_be_fused", lambda x: wanted)
+
+    return choose
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantity", ["total", "logprobs", "entropies"])
+def test_log_probabilities_entropies_and_gradients_are_those_of_single_steps(
+    quantity: str, dtype: torch.dtype, device: str, fuse: Callable[[bool], None]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator).to(device) for n in (150, 2001))
+    tokens = torch.randint(0, 2001, (150,), generator=generator).to(device)
+    outer = torch.randn(150, generator=generator).to(device)
+    work: dict[str, Callable[..., Any]] = {
+        "total": lambda *x: total_logprob(*x, None, tokens),
+        "logprobs": lambda *x: (head_logprobs(*x, None, tokens, temperature=0.7) * outer).sum(),
+        "entropies": lambda *x: sum(
+            (found * outer).sum() for found in head_logprobs_and_entropy(*x, None, tokens, temperature=0.7)
+        ),
+    }
+
+    def found(fused: bool) -> list[Tensor]:
+        fuse(fused)
+        operands = [hidden.to(dtype).requires_grad_(), (0.1 * weight).to(dtype).requires_grad_()]
+        value = work[quantity](*operands)
+        return [value.detach(), *torch.autograd.grad(value, operands)]
+
+    for one, other in zip(found(True), found(False), strict=True):
+        error = (one.double() - other.double()).norm() / other.double().norm()
+        assert error < (1e-5 if dtype == torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [4096, 2003])
+def test_the_same_tokens_are_drawn(
+    vocabulary: int, dtype: torch.dtype, device: str, fuse: Callable[[bool], None]
+) -> None:
+    logits = (3 * torch.randn(64, vocabulary, device=device)).to(dtype)
+    uniform = torch.rand(64, 2, dtype=torch.float64, device=device)
+    drawn = []
+    for fused_or_not in (True, False):
+        fuse(fused_or_not)
+        drawn.append(draw(logits, uniform, temperature=1.0))
+    (tokens, logprobs, finite), (expected, of_expected, _) = drawn
+    # Sums in another order may move a token over an edge.
+    assert (tokens != expected).sum() <= 1
+    same = tokens == expected
+    torch.testing.assert_close(logprobs[same], of_expected[same], rtol=1e-5, atol=1e-5)
+    assert finite
+    fuse(True)
+    logits[3, 5] = torch.nan
+    assert not draw(logits, uniform, temperature=1.0)[2]
