@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_lightning.networks.checkpointing import checkpoint_blocks, is_checkpointed
 from rlhf_lightning.networks.lora import LoRA, add_adapter
 from rlhf_lightning.rollout.compiled import can_be_compiled, compiled_blocks
 from rlhf_lightning.rollout.slots import Slots
@@ -44,6 +45,14 @@ def test_each_block_reads_and_writes_its_own_layer_of_the_cache(
         1,
     ]
     assert not any("forward" in vars(block) for block in layers(network))
+
+
+def test_blocks_that_are_made_again_in_the_backward_are_so_after_a_rollout(policy: Callable[..., Any]) -> None:
+    network = policy()
+    checkpoint_blocks(network)
+    with compiled_blocks(network):
+        assert not is_checkpointed(network)
+    assert is_checkpointed(network)
 
 
 def layers(network: Any) -> Any:
