@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.functional.kl import adapted_beta
-from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule, language, ppo
+from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.modules.batch_file import read_records
 from rlhf_lightning.modules.finite import BadUpdates
 from rlhf_lightning.types import ComparisonBatch, Experience, PromptBatch, ScoredRollout, SFTBatch
@@ -282,40 +282,80 @@ def test_bad_updates_end_a_ppo_run_within_its_rollout(
 
 
 def test_what_is_not_finite_on_one_process_is_skipped_on_both(
-    policy: Callable[..., Any], trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+    stage: Stage, trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
 ) -> None:
+    make, batch = stage
     parts = {
-        1: [[texts(10), texts(50)]],
-        2: [[texts(10), texts(30), texts(50)], [texts(10), texts(30, poison=True), texts(50)]],
+        1: [[batch(10), batch(50)]],
+        2: [[batch(10), batch(30), batch(50)], [batch(10), batch(30, poison=True), batch(50)]],
     }
 
-    class Parts(SFTModule):
-        def train_dataloader(self) -> Any:
-            return make_loader(parts[self.trainer.world_size][self.global_rank])
-
-        def on_train_end(self) -> None:
-            torch.save(self.state_dict(), tmp_path / f"{self.trainer.world_size}-{self.global_rank}.pt")
+    class Parts(Callback):
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            torch.save(module.state_dict(), tmp_path / f"{trainer.world_size}-{trainer.global_rank}.pt")
 
     for settings in ({}, {"strategy": "ddp_fork", "devices": 2}):
-        module = Parts(poisoned(policy()), learning_rate=1e-2, warmup_steps=50)
-        trainer(max_epochs=1, **settings).fit(module)
+        module = make()
+        module.train_dataloader = lambda module=module: make_loader(
+            parts[module.trainer.world_size][module.global_rank]
+        )
+        trainer(max_epochs=1, callbacks=[Parts()], **settings).fit(module)
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for name, weight in one.items():
         torch.testing.assert_close(first[name], weight, rtol=1e-4, atol=1e-6, equal_nan=True)
     assert_same(first, second)
     # The process with the cause has it.
-    assert [path.name for path in (tmp_path / "bad_updates").iterdir()] == ["sft-1-process-1.safetensors"]
+    (kept,) = (path.name for path in (tmp_path / "bad_updates").iterdir())
+    assert kept == f"{module.stage}-1-process-1.safetensors"
+
+
+def test_a_ppo_rollout_that_is_not_finite_on_one_process_is_skipped_on_both(
+    policy: Callable[..., Any],
+    tokenizer: Any,
+    prompts: PromptBatch,
+    trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    spoilt = replace(prompts, prompt_tokens=prompts.prompt_tokens.clone())
+    spoilt.prompt_tokens[:, -1] = POISON
+
+    class Kept(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, _: Any, index: int) -> None:
+            self.keep(module, index)
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            self.keep(module, 3)
+
+        def keep(self, module: Any, index: int) -> None:
+            known = {"beta": torch.tensor(module.beta), **module.state_dict()}
+            torch.save(known, tmp_path / f"{index}-{module.global_rank}.pt")
+
+    class Parts(PPOModule):
+        def train_dataloader(self) -> Any:
+            return make_loader([prompts, spoilt if self.global_rank else prompts, prompts])
+
+    module = Parts(policy(), tokenizer=tokenizer, **PPO)
+    poisoned(module.critic)
+    trainer(max_epochs=1, callbacks=[Kept()], strategy="ddp_fork", devices=2).fit(module)
+    found = [[torch.load(tmp_path / f"{i}-{rank}.pt") for i in range(4)] for rank in range(2)]
+    for one, other in zip(*found, strict=True):
+        assert_same(one, other)
+    # The second rollout did nothing, the others something.
+    start, before, after, end = found[0]
+    assert_same(before, after)
+    assert start["beta"] != before["beta"] != end["beta"]
+    # Advantages are whitened over both, so that both have a loss to keep.
+    files = sorted(path.name for path in (tmp_path / "bad_updates").iterdir())
+    assert files == [f"ppo-{update}-process-{rank}.safetensors" for update in (2, 3) for rank in (0, 1)]
 
 
 # Overflow under 16-mixed -----------------------------------------------------
 
 
 @pytest.fixture
-def half(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], MixedPrecision]:
+def half() -> Callable[[float], MixedPrecision]:
     """16-mixed on the CPU, which Lightning offers on CUDA only, at a loss scale."""
-    # The kernel for CPUs unscales by itself.
-    for module in (language, ppo):
-        monkeypatch.setattr(module, "adamw", lambda groups, lr=1e-3, **_: torch.optim.AdamW(groups, lr=lr))
     return lambda scale: MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
 
 
