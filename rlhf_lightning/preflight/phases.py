@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf_lightning.functional.masking import position_ids
 from rlhf_lightning.networks.attending import sees_all
@@ -231,8 +232,8 @@ def sampling_memory(
 ) -> tuple[PhaseMemory, int]:
     """Return what it takes to read so many prompts, to make room for the new tokens, and to sample the last of them.
 
-    The number beside it is what a GPU keeps of it, in bytes. Where the network makes the cache itself, which grows with
-    each token, it is the first two tokens' work alone.
+    The number beside it is what a GPU keeps of it, in bytes. Where the network makes the cache itself, its layers
+    of keys and values are filled up as by the tokens between the first and the last.
     """
     network: Any = policy
     in_slots = sampler == "builtin" and sees_all(policy)
@@ -264,7 +265,10 @@ def sampling_memory(
             if not in_slots:
                 noise = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
                 draw(logits, noise, temperature=temperature)
-                read(tokens[:, :1], torch.cat([mask, mask[:, :1]], dim=1), mask.sum(dim=1, keepdim=True), cache)
+                between = max(0, new - 2)
+                _fill_up(cache, between)
+                seen = torch.cat([mask, mask[:, :1].expand(-1, between + 1)], dim=1)
+                read(tokens[:, :1], seen, mask.sum(dim=1, keepdim=True) + between, cache)
                 return
             slots = Slots(
                 cache,
@@ -287,6 +291,20 @@ def sampling_memory(
 
     found = allocated(work, [policy], device, vocabulary=vocabulary_of(policy))
     return replace(found, activations=max(0, found.activations - cache_size), cache=cache_size), kept
+
+
+def _fill_up(cache: Any, number: int) -> None:
+    """Let a cache that a network made take so many more tokens, as far as it holds keys and values."""
+    for layer in getattr(cache, "layers", ()):
+        if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
+            continue
+        length = layer.keys.shape[2] + number
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length += number
+            length = min(length, layer.sliding_window - 1)
+        layer.keys, layer.values = (
+            states.new_zeros(*states.shape[:2], length, states.shape[3]) for states in (layer.keys, layer.values)
+        )
 
 
 def scoring_memory(

@@ -37,15 +37,15 @@ def sample_by_transformers(
             "sampler=builtin, or gather_weights=always"
         )
     network: Any = policy
-    follower = _Follower(temperature)
+    follower, stops = _Follower(temperature), stop_tokens.tolist()
     config = GenerationConfig(
         do_sample=temperature > 0,
         top_k=0,
         top_p=1.0,
         temperature=1.0,
         max_new_tokens=max_new_tokens,
-        eos_token_id=stop_tokens.tolist(),
-        pad_token_id=int(stop_tokens[0]),
+        eos_token_id=stops or None,
+        pad_token_id=stops[0] if stops else 0,
     )
     device = prompt_tokens.device
     # `generate` draws from the global generator alone.

@@ -1,6 +1,7 @@
 """The estimate of memory against the peak of real runs, as the allocator of the CPU saw it."""
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from transformers import (
     LlamaForSequenceClassification,
     MambaConfig,
     MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
 )
 
 from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.networks import LoRA, NetworkConfig
 from rlhf_lightning.preflight.memory import Estimate, check_memory
-from rlhf_lightning.preflight.phases import ppo_memory, supervised_memory
+from rlhf_lightning.preflight.phases import ppo_memory, sampling_memory, supervised_memory
+from rlhf_lightning.rollout.generate import sample_tokens
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, SFTBatch
 
 pytestmark = [
@@ -65,14 +69,20 @@ def measured(module: Any, batch: Any, trainer: Trainer) -> int:
     # What is forgotten while it is measured would be taken off.
     gc.collect()
     there = sum(p.nbytes for p in module.parameters())
+    return there + peak_of(lambda: trainer.fit(module, batches))
+
+
+def peak_of(work: Callable[[], Any]) -> int:
+    """Return the largest number of bytes that was allocated in a piece of work."""
+    gc.collect()
     with profile(profile_memory=True) as profiler:
-        trainer.fit(module, batches)
+        work()
     now = peak = 0
     for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    return there + peak
+    return peak
 
 
 def len_of(prompts: list[str], responses: list[str]) -> list[float]:
@@ -97,6 +107,38 @@ def sequences(config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = torch.randint(2, config.vocab_size, (BATCH, length), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(length) < length - torch.arange(BATCH).unsqueeze(1)
     return tokens, mask
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampler"), [("sliding", "builtin"), ("sliding", "transformers"), ("llama", "transformers")]
+)
+def test_sampling_with_a_cache_of_the_networks_own_takes_what_was_estimated(kind: str, sampler: Any) -> None:
+    sizes: dict[str, Any] = {**SIZES["wide vocabulary"], **OTHERS, "head_dim": 64, "eos_token_id": 1}
+    torch.manual_seed(0)
+    if kind == "sliding":
+        network: Any = MistralForCausalLM(MistralConfig(**sizes, sliding_window=48)).eval()
+    else:
+        network = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    batch, new = prompts(network.config), 120
+    estimate, _ = sampling_memory(
+        network, CPU, sequences=BATCH, prompt=PROMPT, new=new, temperature=1.0, sampler=sampler
+    )
+
+    def sample() -> None:
+        noise = torch.Generator().manual_seed(0)
+        stops = torch.zeros(0, dtype=torch.long)
+        sample_tokens(
+            network,
+            batch.prompt_tokens,
+            batch.prompt_mask,
+            max_new_tokens=new,
+            temperature=1.0,
+            stop_tokens=stops,
+            generator=noise,
+            sampler=sampler,
+        )
+
+    assert peak_of(sample) == pytest.approx(estimate.total, rel=0.15)
 
 
 @pytest.mark.parametrize(("accumulate", "optimizer"), [(1, "adamw"), (2, "adamw_8bit")])
