@@ -157,8 +157,8 @@ def test_no_tensor_is_as_large_as_the_logits(function: Callable[..., Any], large
 
 def test_the_softmaxes_that_are_kept_have_a_limit(large: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     def kept() -> int:
-        function: Any = head_logprobs(*large).grad_fn
-        return sum(x.nbytes for x in function.saved_tensors[4:] if x is not None and x.shape[-1] == 20_000)
+        found: Any = head_logprobs(*large)
+        return sum(x.nbytes for x in found.grad_fn.saved_tensors[4:] if x is not None and x.shape[-1] == 20_000)
 
     monkeypatch.setattr(own, "KEPT_BYTES", 2**25)
     chunk = own.FEWEST_POSITIONS * 20_000 * 4

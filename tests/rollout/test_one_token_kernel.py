@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,8 +40,8 @@ def check(heads: int, groups: int, size: int, span: int, *, dtype: torch.dtype, 
     assert error < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype], (heads, groups, error)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_the_kernel_attends_as_torch_does_by_the_interpreter() -> None:
+    pytest.importorskip("triton", minversion="3.7", reason="Triton 3.6's interpreter fails with NumPy 2.4 and later")
     # In a process of its own: Triton looks at the variable when it is imported.
     subprocess.run(
         [sys.executable, "-c", INTERPRETED, str(Path(__file__).parent)],
