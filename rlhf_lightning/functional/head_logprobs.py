@@ -65,16 +65,15 @@ def total_logprob(
 
 
 class _Read(NamedTuple):
-    """What was found of the logits (N, V) of some positions."""
+    """What the gradient of the logits (N, V) of some positions is made from."""
 
-    logprobs: Tensor
-    """(N,)"""
-    entropies: Tensor
-    """(N,), or 0."""
     kept: Tensor
-    """(N, V) what the gradient is made from: the softmax, or for fused kernels the logits."""
+    """(N, V) the softmax, or the logits where ``is_fused``."""
+    is_fused: bool
     log_totals: Tensor
     """(N,) the logarithm of the sum of exp(logits / temperature)."""
+    entropies: Tensor
+    """(N,), or 0."""
 
 
 class _Logprobs(torch.autograd.Function):
@@ -94,19 +93,21 @@ class _Logprobs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         logprobs, entropies, log_totals = (at_least_float32(hidden.new_zeros(len(tokens))) for _ in range(3))
         kept: list[Tensor] = []
+        are_fused: list[bool] = []
         room = KEPT_BYTES if with_gradient else 0
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(hidden, weight):
                 logits = torch.nn.functional.linear(hidden[rows], weight, bias)
-                read = _read(logits, tokens[rows], temperature, with_entropy)
-                logprobs[rows], entropies[rows], log_totals[rows] = read.logprobs, read.entropies, read.log_totals
+                logprobs[rows], read = _read(logits, tokens[rows], temperature, with_entropy)
+                log_totals[rows], entropies[rows] = read.log_totals, read.entropies
                 room -= read.kept.nbytes
                 if room >= 0:
                     kept.append(read.kept)
+                    are_fused.append(read.is_fused)
         if with_gradient:
             # A copy: what is returned gets a gradient, which a compiler would look for.
             ctx.save_for_backward(hidden, weight, bias, tokens, entropies.clone(), log_totals, *kept)
-            ctx.temperature = temperature
+            ctx.temperature, ctx.are_fused = temperature, are_fused
         return logprobs, entropies
 
     @staticmethod
@@ -117,14 +118,14 @@ class _Logprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for i, rows in enumerate(_chunks(hidden, weight)):
                 if i < len(kept):
-                    of_chunk = kept[i]
+                    of_chunk, is_fused = kept[i], ctx.are_fused[i]
                 else:
                     of_chunk = torch.nn.functional.linear(hidden[rows], weight, bias)
-                    if not can_be_fused(of_chunk):
-                        of_chunk = _scaled(of_chunk, ctx.temperature).softmax(1)
+                    is_fused = can_be_fused(of_chunk)
+                    of_chunk = of_chunk if is_fused else _scaled(of_chunk, ctx.temperature).softmax(1)
+                read = _Read(of_chunk, is_fused, log_totals[rows], entropies[rows])
                 outer = (None if x is None else x[rows] for x in (of_logprobs, of_entropies))
-                of_logits = _slopes(of_chunk, log_totals[rows], entropies[rows], tokens[rows], ctx.temperature, *outer)
-                gradients.add(rows, of_logits)
+                gradients.add(rows, _slopes(read, tokens[rows], ctx.temperature, *outer))
         return *gradients.found(), None, None, None, None
 
 
@@ -140,12 +141,11 @@ class _TotalLogprob(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(hidden, weight):
                 logits = torch.nn.functional.linear(hidden[rows], weight, bias)
-                read = _read(logits, tokens[rows], 1.0, False)
-                total += read.logprobs.sum()
+                logprobs, read = _read(logits, tokens[rows], 1.0, False)
+                total += logprobs.sum()
                 if gradients is not None:
-                    ones = torch.ones_like(read.logprobs)
-                    of_logits = _slopes(read.kept, read.log_totals, read.entropies, tokens[rows], 1.0, ones, None)
-                    gradients.add(rows, of_logits)
+                    ones = torch.ones_like(logprobs)
+                    gradients.add(rows, _slopes(read, tokens[rows], 1.0, ones, None))
         if gradients is not None:
             ctx.save_for_backward(*gradients.found())
         return total
@@ -217,11 +217,11 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1 else logits.div_(temperature)
 
 
-def _read(logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool) -> _Read:
-    """Find what is wanted of logits (N, V), which are used up."""
+def _read(logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, _Read]:
+    """Return the log-probabilities (N,), and what their gradient needs, of logits (N, V), which are used up."""
     if can_be_fused(logits):
         logprobs, entropies, log_totals = _fused_read(logits, tokens, temperature, with_entropy)
-        return _Read(logprobs, entropies, logits, log_totals)
+        return logprobs, _Read(logits, True, log_totals, entropies)
     logits = _scaled(logits, temperature)
     largest = logits.amax(dim=1, keepdim=True)
     logits.sub_(largest)
@@ -231,26 +231,21 @@ def _read(logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool
     logprobs = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - log_total
     softmax.div_(total.unsqueeze(1))
     entropies = log_total - logits.mul_(softmax).sum(dim=1) if with_entropy else torch.zeros_like(logprobs)
-    return _Read(logprobs, entropies, softmax, log_total + largest.squeeze(1))
+    return logprobs, _Read(softmax, False, log_total + largest.squeeze(1), entropies)
 
 
 def _slopes(
-    kept: Tensor,
-    log_totals: Tensor,
-    entropies: Tensor,
-    tokens: Tensor,
-    temperature: float,
-    of_logprobs: Tensor | None,
-    of_entropies: Tensor | None,
+    read: _Read, tokens: Tensor, temperature: float, of_logprobs: Tensor | None, of_entropies: Tensor | None
 ) -> Tensor:
     """Return the gradient of the logits: of each log-probability (one-hot - p), and dH / dz = -p (log p + H)."""
-    if can_be_fused(kept):
-        return _fused_slopes(kept, log_totals, entropies, tokens, temperature, of_logprobs, of_entropies)
-    slopes = torch.zeros_like(kept) if of_logprobs is None else kept * -of_logprobs.unsqueeze(1)
+    if read.is_fused:
+        return _fused_slopes(read.kept, read.log_totals, read.entropies, tokens, temperature, of_logprobs, of_entropies)
+    softmax = read.kept
+    slopes = torch.zeros_like(softmax) if of_logprobs is None else softmax * -of_logprobs.unsqueeze(1)
     if of_logprobs is not None:
         slopes.scatter_add_(1, tokens.unsqueeze(1), of_logprobs.unsqueeze(1))
     if of_entropies is not None:
-        slope = torch.xlogy(kept, kept).addcmul_(kept, entropies.unsqueeze(1))
+        slope = torch.xlogy(softmax, softmax).addcmul_(softmax, read.entropies.unsqueeze(1))
         slopes -= slope.mul_(of_entropies.unsqueeze(1))
     return slopes if temperature == 1 else slopes.div_(temperature)
 

@@ -89,6 +89,28 @@ def test_log_probabilities_entropies_and_gradients_are_those_of_single_steps(
         assert error < (1e-5 if dtype == torch.float32 else 3e-3)
 
 
+@pytest.mark.parametrize("kept", [2**27, 0])
+def test_what_was_read_step_by_step_is_differentiated_so_although_its_softmax_is_larger_than_its_logits(
+    kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional_head, "KEPT_BYTES", kept)
+    hidden, weight = (torch.randn(n, 8).bfloat16().requires_grad_() for n in (20, 50))
+    tokens = torch.randint(0, 50, (20,))
+    functions: list[Any] = [total_logprob, lambda *x: head_logprobs(*x).sum()]
+
+    def gradients() -> list[Tensor]:
+        found = (
+            torch.autograd.grad(function(hidden, weight, None, tokens), [hidden, weight]) for function in functions
+        )
+        return [x for pair in found for x in pair]
+
+    expected = gradients()
+    # As on a GPU, where the softmax has 4 bytes a number and the logits have 2.
+    monkeypatch.setattr(functional_head, "can_be_fused", lambda x: x.element_size() == 4)
+    for one, other in zip(gradients(), expected, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [4096, 2003])
 def test_the_same_tokens_are_drawn(
