@@ -22,11 +22,15 @@ def fused(chain: Callable[Given, Found]) -> Callable[Given, Found]:
 
     The chain must not change what it is given. It is compiled when it is first called, for a few seconds.
     """
-    compiled: Any = torch.compile(chain)
+
+    @cache
+    def compiled() -> Any:
+        # Not before it is needed: the compiler takes a second to be imported.
+        return torch.compile(chain)
 
     @wraps(chain)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Found:
-        found: Found = (compiled if can_be_fused(args[0]) else chain)(*args, **kwargs)
+        found: Found = (compiled() if can_be_fused(args[0]) else chain)(*args, **kwargs)
         return found
 
     return call
