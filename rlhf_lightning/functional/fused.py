@@ -41,10 +41,11 @@ def can_be_fused(x: Any) -> bool:
 
     Never where a tensor has no numbers: the memory of a run is estimated on such.
     """
-    return type(x) is Tensor and x.is_cuda and x.nbytes >= WORTH_IT and _has_compilers()
+    return type(x) is Tensor and x.is_cuda and x.nbytes >= WORTH_IT and can_compile()
 
 
 @cache
-def _has_compilers() -> bool:
+def can_compile() -> bool:
+    """Return whether Triton is at hand, for a device that is here, and a C compiler."""
     # Triton builds what starts its kernels from C.
     return has_triton() and any(map(shutil.which, [os.environ.get("CC", "cc"), "gcc", "clang"]))

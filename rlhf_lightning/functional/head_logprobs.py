@@ -171,7 +171,7 @@ class _Gradients:
     def add(self, rows: slice, of_logits: Tensor) -> None:
         """Take the gradient of the logits of some positions."""
         if self.of_bias is not None:
-            self.of_bias += of_logits.sum(dim=0)
+            self.of_bias += of_logits.sum(dim=0, dtype=self.of_bias.dtype)
         of_logits = of_logits.to(self.weight.dtype)
         if self.of_hidden is not None:
             torch.mm(of_logits, self.weight, out=self.of_hidden[rows])

@@ -42,16 +42,19 @@ def compile_blocks(network: nn.Module) -> None:
             f"network.compile=true needs a C++ compiler, and there is no {compiler}: install one, name it in the "
             "environment variable CXX, or set network.compile=false"
         )
-    found = blocks(network)
+    found = _outermost(blocks(network))
     if not found:
         raise InputError(
             f"network.compile=true: {type(network).__name__} does not say what its blocks are (_no_split_modules); "
             "leave it at false"
         )
-    if not is_compiled(network):
-        for block in found:
-            # Copies of the network get blocks of their own with it, as they get all of its attributes.
-            block.forward = partial(_forward, block.forward)
+    if is_compiled(network):
+        return
+    if any("forward" in vars(block) for block in found):
+        raise InputError("network.compile=true: a block's forward was replaced, and the compiler takes its class's")
+    for block in found:
+        # Copies of the network get blocks of their own with it, as they get all of its attributes.
+        block.forward = partial(_forward, block.forward)
 
 
 def is_compiled(network: nn.Module) -> bool:
@@ -91,12 +94,18 @@ def numbered(block: nn.Module) -> list[Any]:
     return [part for part in block.modules() if hasattr(part, "layer_idx")]
 
 
+def _outermost(found: list[nn.Module]) -> list[nn.Module]:
+    """Return the blocks that are in no other one (Mamba's mixers are)."""
+    inner = {id(part) for block in found for part in block.modules() if part is not block}
+    return [block for block in found if id(block) not in inner]
+
+
 def _is_compiled(forward: Any) -> bool:
     """Return whether it is `_forward`, or what another function was put around."""
     while isinstance(forward, partial):
         if forward.func is _forward:
             return True
-        forward = forward.args[0]
+        forward = forward.args[0] if forward.args else None
     return False
 
 

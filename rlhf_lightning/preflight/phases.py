@@ -1,7 +1,7 @@
 """What the phases of a run hold beside weights, gradients and optimizer, each done once without numbers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -259,8 +259,13 @@ def sampling_memory(
     @torch.no_grad()
     def work() -> None:
         nonlocal cache_size, kept
-        weights = {id(weight) for weight in policy.parameters()}
-        with stand_ins(policy), joined(policy) if in_slots and on_a_gpu else nullcontext():
+        known = {id(weight) for weight in policy.parameters()}
+        with ExitStack() as stack:
+            for copies in (stand_ins, joined) if in_slots and on_a_gpu else (stand_ins,):
+                stack.enter_context(copies(policy))
+                new_weights = [weight for weight in policy.parameters() if id(weight) not in known]
+                known |= {id(weight) for weight in new_weights}
+                kept += sum(weight.nbytes for weight in new_weights) if on_a_gpu else 0
             cache, logits = read(tokens, mask, position_ids(mask), None)
             if not in_slots:
                 noise = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
@@ -279,9 +284,7 @@ def sampling_memory(
                 stop_tokens=torch.zeros(0, dtype=torch.long, device=device),
             )
             cache_size = slots.cache_bytes
-            if on_a_gpu:
-                copies = (weight for weight in policy.parameters() if id(weight) not in weights)
-                kept = slots.bytes + sum(weight.nbytes for weight in copies)
+            kept += slots.bytes if on_a_gpu else 0
             order, lengths = torch.argsort(~mask, dim=1, stable=True), mask.sum(dim=1)
             noise = torch.zeros(len(rows), new, 2, dtype=torch.float64, device=device)
             slots.let_in(rows, logits, cache, rows, order=order, lengths=lengths, uniform=noise)

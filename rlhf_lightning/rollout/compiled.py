@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
+from rlhf_lightning.functional.fused import can_compile
 from rlhf_lightning.networks.compiling import as_the_first, numbered
 from rlhf_lightning.networks.sharding import blocks
 
@@ -23,7 +23,7 @@ def can_be_compiled(policy: nn.Module) -> bool:
     """Return whether the architecture says that it can be, and all its linear layers are plain ones."""
     linear = (layer for block in blocks(policy) for layer in block.modules() if hasattr(layer, "in_features"))
     return (
-        has_triton()
+        can_compile()
         and isinstance(policy, PreTrainedModel)
         and policy._can_compile_fullgraph
         and bool(blocks(policy))

@@ -78,7 +78,6 @@ def generate(
     )
 
 
-@torch.no_grad()
 def sample_tokens(
     policy: nn.Module,
     prompt_tokens: Int[Tensor, "B P"],
@@ -101,7 +100,8 @@ def sample_tokens(
     settings: dict[str, Any] = {"temperature": temperature, "stop_tokens": stop_tokens}
     on_a_gpu = prompt_tokens.is_cuda
     plain_layers = nullcontext() if is_sharded(policy) else stand_ins(policy, keep=on_a_gpu)
-    with evaluating(policy), plain_layers:
+    # What is kept for the next rollout is changed in it, which tensors of inference mode may not be.
+    with torch.inference_mode(False), torch.no_grad(), evaluating(policy), plain_layers:
         if sampler == "transformers":
             settings |= {"max_new_tokens": max_new_tokens, "generator": generator}
             tokens, logprobs = sample_by_transformers(policy, prompt_tokens, prompt_mask, **settings)
@@ -109,7 +109,8 @@ def sample_tokens(
             uniform = noise(len(prompt_tokens), max_new_tokens, generator)
             plain = sees_all(policy) and not waits_for_others(policy)
             sample = sample_in_slots if plain else sample_stepwise
-            with joined(policy, keep=True) if plain and on_a_gpu else nullcontext():
+            # Weights that were gathered for the rollout are not to be kept.
+            with joined(policy, keep=True) if plain and on_a_gpu and not is_sharded(policy) else nullcontext():
                 tokens, logprobs = sample(policy, prompt_tokens, prompt_mask, uniform, **settings)
     # Up to the end of the longest response, and each ended one filled up.
     ended = torch.isin(tokens, stop_tokens)

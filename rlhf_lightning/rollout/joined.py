@@ -15,7 +15,8 @@ SIDE_BY_SIDE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 LARGEST = 2**26
 """Bytes of weights that are joined: above, a product takes longer than what is saved, and the copy is memory."""
 
-_kept: "WeakKeyDictionary[nn.Module, tuple[nn.Module, ...]]" = WeakKeyDictionary()
+_kept: "WeakKeyDictionary[nn.Module, dict[str, tuple[Any, ...]]]" = WeakKeyDictionary()
+"""Of each module with such layers, what stood in for those that begin with a name."""
 
 
 @contextmanager
@@ -26,19 +27,23 @@ def joined(policy: nn.Module, *, keep: bool = False) -> Iterator[None]:
     that recorded steps find the weights where they were. Afterwards the layers are back as they were.
     """
     put_in: list[tuple[nn.Module, str, Any]] = []
-    for parent in policy.modules():
-        for names in SIDE_BY_SIDE:
-            layers = [parent._modules.get(name) for name in names]
-            if not _can_be_joined(layers):
-                continue
-            put_in += [(parent, name, layer) for name, layer in zip(names, layers, strict=True)]
-            for name, part in zip(names, _parts(layers, keep=keep), strict=True):
-                parent._modules[name] = part
+    found: list[_Given] = []
     try:
+        for parent in policy.modules():
+            for names in SIDE_BY_SIDE:
+                layers = [parent._modules.get(name) for name in names]
+                if not _can_be_joined(layers):
+                    continue
+                parts = _parts(parent, names[0], layers, keep=keep)
+                found.append(parts[0].given)
+                put_in += [(parent, name, layer) for name, layer in zip(names, layers, strict=True)]
+                parent._modules.update(zip(names, parts, strict=True))
         yield
     finally:
         for parent, name, layer in put_in:
             parent._modules[name] = layer
+        for given in found:
+            given.forget()
 
 
 @dataclass
@@ -47,6 +52,10 @@ class _Given:
 
     states: Tensor | None = None
     found: tuple[Tensor, ...] = ()
+
+    def forget(self) -> None:
+        """Keep nothing of it."""
+        self.states, self.found = None, ()
 
 
 class _First(nn.Module):
@@ -61,6 +70,16 @@ class _First(nn.Module):
             None if bias is None else nn.Parameter(torch.cat([x.bias.detach() for x in layers]), requires_grad=False)
         )
         self.given = _Given()
+
+    def fits(self, layers: list[nn.Linear]) -> bool:
+        """Return whether the weights of the layers have room in what is here."""
+        weight = layers[0].weight
+        return (
+            self.sizes == [len(layer.weight) for layer in layers]
+            and (self.weight.shape[1], self.weight.dtype, self.weight.device)
+            == (weight.shape[1], weight.dtype, weight.device)
+            and (self.bias is None) == (layers[0].bias is None)
+        )
 
     def fill(self, layers: list[nn.Linear]) -> None:
         """Take over the weights of the layers as they are now."""
@@ -91,27 +110,30 @@ class _Other(nn.Module):
             return nn.functional.linear(states, self.weight[self.begin : self.end], bias)
         found = self.given.found[self.number]
         if self.is_last:
-            self.given.states, self.given.found = None, ()
+            self.given.forget()
         return found
 
 
 def _can_be_joined(layers: list[Any]) -> bool:
-    if not all(type(layer) is nn.Linear for layer in layers):
+    if not all(type(layer) is nn.Linear and not _is_watched(layer) for layer in layers):
         return False
     alike = {(layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None) for layer in layers}
     return len(alike) == 1 and sum(layer.weight.nbytes for layer in layers) <= LARGEST
 
 
-def _parts(layers: list[Any], *, keep: bool) -> tuple[nn.Module, ...]:
+def _is_watched(layer: nn.Module) -> bool:
+    """Return whether more happens at a call than the class says."""
+    return bool("forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _parts(parent: nn.Module, name: str, layers: list[Any], *, keep: bool) -> tuple[Any, ...]:
     """Return what stands in for the layers: what did before, with their weights as they are now, or new ones."""
-    kept = _kept.get(layers[0])
-    first: Any = kept and kept[0]
-    weight = layers[0].weight
-    if kept and (first.weight.dtype, first.weight.device) == (weight.dtype, weight.device):
-        first.fill(layers)
+    kept = _kept.get(parent, {}).get(name)
+    if kept is not None and kept[0].fits(layers):
+        kept[0].fill(layers)
         return kept
     first = _First(layers)
     parts = (first, *(_Other(first, place) for place in range(1, len(layers))))
     if keep:
-        _kept[layers[0]] = parts
+        _kept.setdefault(parent, {})[name] = parts
     return parts

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NUMBERS_AT_ONCE = 8192
-"""How many numbers of keys a step of the kernel reads."""
+BYTES_AT_ONCE = 2**14
+"""Of keys, and as many of values, that a step of the kernel reads; several steps are under way."""
 
 FEWEST_ROWS = 16
 """Of a product of matrices."""
@@ -70,8 +70,10 @@ def _kernel(  # type: ignore[no-untyped-def]
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """Return (N, heads, size): what each row's query (N, heads, 1, size) sees of keys and values (N, kv, span, size).
 
-    ``mask`` (N, 1, 1, span) is added to the scores; the first of each row must be 0. Needs float32 or less.
+    ``mask`` (N, 1, 1, span) is added to the scores; the first of each row must be 0. Needs float32 or less, and values
+    of the keys' size; keys and values have their numbers next to each other.
     """
+    query = query.contiguous()
     rows, heads, _, size = query.shape
     groups, span = key.shape[1], key.shape[2]
     attended = torch.empty(rows, heads, size, dtype=query.dtype, device=query.device)
@@ -96,7 +98,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: flo
         ROWS=max(FEWEST_ROWS, triton.next_power_of_2(group)),
         SIZE=size,
         COLUMNS=columns,
-        BLOCK=NUMBERS_AT_ONCE // columns,
+        BLOCK=max(FEWEST_ROWS, BYTES_AT_ONCE // (columns * key.element_size())),
         SCALING=scaling,
     )
     return attended

@@ -8,8 +8,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.utils._triton import has_triton
 
+from rlhf_lightning.functional.fused import can_compile
 from rlhf_lightning.rollout.compiled import can_be_compiled, compiled_blocks
 from rlhf_lightning.rollout.slots import Slots, use_kernel
 
@@ -71,8 +71,8 @@ class Recorder:
     steps_unseen = UNSEEN
 
     def __init__(self) -> None:
-        """Start without recordings."""
-        if has_triton():
+        """Start without recordings, and let one token attend by the kernel where that can be compiled."""
+        if can_compile():
             use_kernel()
         self._slots: Slots | None = None
         self._made_for: Any = None

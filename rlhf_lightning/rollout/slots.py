@@ -106,6 +106,12 @@ def kept_in(states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
+def suits_kernel(query: Tensor, value: Tensor, mask: Tensor) -> bool:
+    """Return whether values are of the keys' size, the mask is one for all heads, and no number has 64 bits."""
+    is_for_all = mask.shape[1] == 1 and mask.is_floating_point()
+    return is_for_all and value.shape[3] == query.shape[3] and query.dtype != torch.float64
+
+
 def attend_from_one_token(
     module: nn.Module,
     query: Tensor,
@@ -126,9 +132,9 @@ def attend_from_one_token(
         )
     rows, heads, _, size = query.shape
     scaling = size**-0.5 if scaling is None else scaling
-    # The kernel has no float64, and needs numbers.
-    is_for_kernel = query.is_cuda and query.dtype != torch.float64 and type(query) is Tensor
-    if _kernel is not None and is_for_kernel and attention_mask is not None:
+    # Not where there are no numbers: the memory of a run is estimated on such tensors.
+    can_run = query.is_cuda and type(query) is Tensor
+    if can_run and _kernel is not None and attention_mask is not None and suits_kernel(query, value, attention_mask):
         return _kernel(query.to(key), key, value, attention_mask, scaling).unsqueeze(1), None
     packed = query.reshape(rows, key.shape[1], heads // key.shape[1], size).to(key)
     if query.device.type == "cpu":

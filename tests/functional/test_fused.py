@@ -31,17 +31,17 @@ def test_a_cpu_takes_the_steps_one_by_one(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_has_no_numbers_is_never_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own, "WORTH_IT", 0)
-    monkeypatch.setattr(own, "_has_compilers", lambda: True)
+    monkeypatch.setattr(own, "can_compile", lambda: True)
     with FakeTensorMode():
         x = torch.empty(3, device="cuda")
     assert x.is_cuda
     assert not can_be_fused(x)
 
 
-@pytest.mark.parametrize("size", [2**19 - 1, pytest.param(2**19, marks=on_a_gpu)])
-def test_large_tensors_on_a_gpu_are_fused_and_small_ones_are_not(size: int) -> None:
-    x = torch.zeros(size, device="cuda" if torch.cuda.is_available() else "cpu")
-    assert can_be_fused(x) == (size == 2**19)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_large_tensors_on_a_gpu_are_fused_and_small_ones_are_not() -> None:
+    assert [can_be_fused(torch.zeros(size, device="cuda")) for size in (2**19 - 1, 2**19)] == [False, True]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_a_gpu)])
@@ -69,24 +69,25 @@ def test_log_probabilities_entropies_and_gradients_are_those_of_single_steps(
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 64, generator=generator).to(device) for n in (150, 2001))
     tokens = torch.randint(0, 2001, (150,), generator=generator).to(device)
-    outer = torch.randn(150, generator=generator).to(device)
+    outer, bias = (torch.randn(n, generator=generator).to(device) for n in (150, 2001))
     work: dict[str, Callable[..., Any]] = {
-        "total": lambda *x: total_logprob(*x, None, tokens),
-        "logprobs": lambda *x: (head_logprobs(*x, None, tokens, temperature=0.7) * outer).sum(),
+        "total": lambda *x: total_logprob(*x, tokens),
+        "logprobs": lambda *x: (head_logprobs(*x, tokens, temperature=0.7) * outer).sum(),
         "entropies": lambda *x: sum(
-            (found * outer).sum() for found in head_logprobs_and_entropy(*x, None, tokens, temperature=0.7)
+            (found * outer).sum() for found in head_logprobs_and_entropy(*x, tokens, temperature=0.7)
         ),
     }
 
     def found(fused: bool) -> list[Tensor]:
         fuse(fused)
-        operands = [hidden.to(dtype).requires_grad_(), (0.1 * weight).to(dtype).requires_grad_()]
+        operands = [x.to(dtype).requires_grad_() for x in (hidden, 0.1 * weight, bias)]
         value = work[quantity](*operands)
         return [value.detach(), *torch.autograd.grad(value, operands)]
 
     for one, other in zip(found(True), found(False), strict=True):
         error = (one.double() - other.double()).norm() / other.double().norm()
-        assert error < (1e-5 if dtype == torch.float32 else 3e-3)
+        # Slopes are rounded to the type of the weights, by half of its step, before they are added up.
+        assert error < (1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
 
 
 @pytest.mark.parametrize("kept", [2**27, 0])

@@ -123,7 +123,7 @@ def test_gradients_are_clipped(
         )
     # Steps whose gradients overflow are left out, and with them what follows a step.
     steps = [len(norms[clip]) for clip in norms]
-    assert steps == [2, 2] or (precision == "16-mixed" and min(steps) > 0)
+    assert steps == [2, 2] or (precision == "16-mixed" and min(steps) >= 4)
     assert min(norms[1e9]) > 2e-3
     assert [float(norm) for norm in norms[1e-3]] == pytest.approx([1e-3] * steps[1], rel=0.02)
 

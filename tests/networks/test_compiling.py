@@ -94,6 +94,10 @@ def test_what_cannot_be_compiled_is_an_error(
         load_policy(NetworkConfig(str(tiny_model), compile=True, quantization="int8", lora=LoRA()))
     with pytest.raises(InputError, match="Linear does not say what its blocks are"):
         compile_blocks(torch.nn.Linear(2, 2))
+    checkpointed = policy()
+    checkpoint_blocks(checkpointed)
+    with pytest.raises(InputError, match="a block's forward was replaced"):
+        compile_blocks(checkpointed)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match="needs a C\\+\\+ compiler, and there is no no-such-compiler"):
         compile_blocks(policy())

@@ -7,7 +7,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_lightning.modules.eight_bit import AdamW8bit
 from rlhf_lightning.preflight.allocations import PhaseMemory
-from rlhf_lightning.preflight.memory import Estimate, RoleMemory, cache_bytes, check_memory, free_bytes, role_memory
+from rlhf_lightning.preflight.memory import (
+    Estimate,
+    RoleMemory,
+    cache_bytes,
+    check_memory,
+    cublas_bytes,
+    free_bytes,
+    role_memory,
+)
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -98,3 +106,14 @@ def test_the_line_says_what_each_role_and_each_phase_needs() -> None:
     assert "policy 6.00 GiB (weights 1.00 GiB, gradients 2.00 GiB, optimizer 3.00 GiB);" in said
     assert "sampling 0.25 GiB (cache 0.25 GiB)" in said
     assert "updating 1.50 GiB (activations 1.00 GiB, logits 0.50 GiB); still needed 7.50 GiB" in said
+
+
+@pytest.mark.parametrize(("capability", "mebibytes"), [((9, 0), 32), ((8, 6), 8.125)])
+def test_cublas_has_a_workspace_for_each_thread_and_stream(
+    capability: tuple[int, int], mebibytes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert cublas_bytes(torch.device("cuda"), workspaces=3) == 3 * mebibytes * 2**20
+    assert cublas_bytes(torch.device("cpu"), workspaces=3) == 0
+    # What every part of a phase counts for.
+    assert PhaseMemory(1, 2, 4, kept=8, libraries=16).total == 31

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.rollout.generate import generate
+from rlhf_lightning.rollout.generate import generate, sample_tokens
 from rlhf_lightning.rollout.score import response_predictions, spread
 from rlhf_lightning.types import PromptBatch, SampledRollout
 
@@ -291,3 +291,23 @@ def test_sampling_is_without_dropout_and_leaves_the_mode_and_the_settings_of_the
     assert ([(name, part.training) for name, part in network.named_modules()], network.config.to_dict()) == before
     assert not tokens.requires_grad
     assert all(p.grad is None for p in network.parameters())
+
+
+def test_what_is_sampled_in_inference_mode_can_be_changed_after_it(
+    policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+) -> None:
+    batch, noise = prompts([[5, 9], [7, 8]]), torch.Generator()
+    with torch.inference_mode():
+        found = sample_tokens(
+            policy(),
+            batch.prompt_tokens,
+            batch.prompt_mask,
+            max_new_tokens=3,
+            temperature=1.0,
+            stop_tokens=torch.tensor([1]),
+            generator=noise,
+        )
+        assert not torch.is_grad_enabled()
+    # As slots and copies are that are kept for the next rollout.
+    found.logprobs.add_(1.0)
+    assert not found.logprobs.requires_grad

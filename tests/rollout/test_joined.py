@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -89,8 +90,58 @@ def test_layers_stay_as_they_are_where_they_are_large_or_not_alike(
     assert others == [nn.Linear, nn.Linear]
 
 
-def test_layers_are_put_back_after_an_error(policy: Callable[..., Any]) -> None:
+def test_layers_are_put_back_after_an_error(policy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     network = policy()
     with pytest.raises(RuntimeError, match="on the way"), joined(network):
         raise RuntimeError("on the way")
     assert type(network.model.layers[0].self_attn.q_proj) is nn.Linear
+    # In the middle of joining, too.
+    parts, calls = own._parts, iter(range(100))
+
+    def fail_at_the_third(*given: Any, **settings: Any) -> Any:
+        if next(calls) == 2:
+            raise RuntimeError("no memory")
+        return parts(*given, **settings)
+
+    monkeypatch.setattr(own, "_parts", fail_at_the_third)
+    with pytest.raises(RuntimeError, match="no memory"), joined(network):
+        pass
+    assert next(calls) == 3
+    assert all(type(x) is nn.Linear for name, x in network.named_modules() if name.endswith("_proj"))
+
+
+def test_a_layer_that_somebody_watches_stays(policy: Callable[..., Any]) -> None:
+    network, seen = policy(), []
+    network.model.layers[0].self_attn.k_proj.register_forward_hook(lambda *_: seen.append("k"))
+    with joined(network), torch.no_grad():
+        network(TOKENS)
+    assert seen == ["k"]
+
+
+def test_nothing_of_a_rollout_is_kept_alive() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(4, 6), nn.Linear(4, 6)
+
+    gated, states = Gated(), torch.randn(2, 4)
+    known = ref(states)
+    with joined(gated, keep=True), torch.no_grad():
+        gated.gate_proj(states)
+    del states
+    assert known() is None
+
+
+def test_weights_of_another_shape_are_joined_anew() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(4, 6), nn.Linear(4, 6)
+
+    gated, states = Gated(), torch.randn(2, 4)
+    for size in (6, 8):
+        gated.up_proj = nn.Linear(4, size)
+        with torch.no_grad(), joined(gated, keep=True):
+            expected = nn.functional.linear(states, gated.up_proj.weight[-size:], gated.up_proj.bias[-size:])
+            gated.gate_proj(states)
+            torch.testing.assert_close(gated.up_proj(states), expected)

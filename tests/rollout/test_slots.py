@@ -11,6 +11,7 @@ from rlhf_lightning.rollout.slots import (
     SlotLayer,
     Slots,
     attend_from_one_token,
+    suits_kernel,
 )
 
 
@@ -88,3 +89,23 @@ def test_a_cache_that_nobody_uses_is_gone_at_once() -> None:
     layer = ref(slots.layers[0])
     del slots
     assert layer() is None
+
+
+@pytest.mark.parametrize(
+    ("query", "value", "mask", "suits"),
+    [
+        ({}, {}, {}, True),
+        ({"dtype": torch.float64}, {}, {}, False),
+        # Latent attention has values of their own size, others a mask for each head, or one of true and false.
+        ({}, {"size": 8}, {}, False),
+        ({}, {}, {"size": 4}, False),
+        ({}, {}, {"dtype": torch.bool}, False),
+    ],
+)
+def test_the_kernel_is_for_one_mask_and_values_of_the_keys_size(query: Any, value: Any, mask: Any, suits: bool) -> None:
+    tensors = (
+        torch.zeros(2, 4, 1, 16, dtype=query.get("dtype", torch.float32)),
+        torch.zeros(2, 2, 9, value.get("size", 16)),
+        torch.zeros(2, mask.get("size", 1), 1, 9, dtype=mask.get("dtype", torch.float32)),
+    )
+    assert suits_kernel(*tensors) == suits
