@@ -241,7 +241,7 @@ MUTANTS = (
     Mutant(
         "joined layers keep the weights of the rollout before",
         ROLLOUT + "joined.py",
-        "        first.fill(layers)\n",
+        "        kept[0].fill(layers)\n",
         "",
         ("tests/rollout/test_joined.py",),
         18,
