@@ -28,7 +28,7 @@ def plain_head(network: nn.Module, *, takes_positions: bool = True) -> nn.Linear
         return None
     model: Any = network
     head: Any = model.get_output_embeddings()
-    if not _is_whole_and_linear(head) or _is_watched(head):
+    if not _is_whole_and_linear(head) or is_watched(head):
         return None
     found = _found_plain.setdefault(network, {})
     if takes_positions not in found:
@@ -74,7 +74,7 @@ def _has_whole_body(network: nn.Module) -> bool:
 
     if not isinstance(network, PreTrainedModel) or network.base_model is network or is_sharded(network):
         return False
-    return not _is_watched(network) and not _is_wrapped(network)
+    return not is_watched(network) and not _is_wrapped(network)
 
 
 def _is_whole_and_linear(head: Any) -> bool:
@@ -82,7 +82,7 @@ def _is_whole_and_linear(head: Any) -> bool:
     return type(head) is nn.Linear and head.weight.shape == (head.out_features, head.in_features)
 
 
-def _is_watched(part: nn.Module) -> bool:
+def is_watched(part: nn.Module) -> bool:
     """Return whether more happens at a call than the class says."""
     return bool("forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks)
 

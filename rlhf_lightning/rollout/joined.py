@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.networks.plain_head import is_watched
+
 SIDE_BY_SIDE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """What the networks of `transformers` call layers that read the same states, in the order in which they do."""
 
@@ -115,15 +117,10 @@ class _Other(nn.Module):
 
 
 def _can_be_joined(layers: list[Any]) -> bool:
-    if not all(type(layer) is nn.Linear and not _is_watched(layer) for layer in layers):
+    if not all(type(layer) is nn.Linear and not is_watched(layer) for layer in layers):
         return False
     alike = {(layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None) for layer in layers}
     return len(alike) == 1 and sum(layer.weight.nbytes for layer in layers) <= LARGEST
-
-
-def _is_watched(layer: nn.Module) -> bool:
-    """Return whether more happens at a call than the class says."""
-    return bool("forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _parts(parent: nn.Module, name: str, layers: list[Any], *, keep: bool) -> tuple[Any, ...]:

@@ -25,8 +25,8 @@ def test_a_cpu_takes_the_steps_one_by_one(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(own, "WORTH_IT", 0)
     x = torch.randn(3)
     assert not can_be_fused(x)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        assert torch.equal(fused(doubled)(x, more=1.0), 2 * x + 1)
+    monkeypatch.setattr(torch, "compile", lambda _: pytest.fail("it was compiled"))
+    assert torch.equal(fused(doubled)(x, more=1.0), 2 * x + 1)
 
 
 def test_what_has_no_numbers_is_never_fused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,22 +113,21 @@ def test_what_was_read_step_by_step_is_differentiated_so_although_its_softmax_is
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [4096, 2003])
+@pytest.mark.parametrize(("vocabulary", "temperature"), [(4096, 1.0), (2003, 0.7)])
 def test_the_same_tokens_are_drawn(
-    vocabulary: int, dtype: torch.dtype, device: str, fuse: Callable[[bool], None]
+    vocabulary: int, temperature: float, dtype: torch.dtype, device: str, fuse: Callable[[bool], None]
 ) -> None:
-    logits = (3 * torch.randn(64, vocabulary, device=device)).to(dtype)
-    uniform = torch.rand(64, 2, dtype=torch.float64, device=device)
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(64, vocabulary, generator=generator)).to(device, dtype)
+    uniform = torch.rand(64, 2, dtype=torch.float64, generator=generator).to(device)
     drawn = []
     for fused_or_not in (True, False):
         fuse(fused_or_not)
-        drawn.append(draw(logits, uniform, temperature=1.0))
+        drawn.append(draw(logits, uniform, temperature=temperature))
     (tokens, logprobs, finite), (expected, of_expected, _) = drawn
-    # Sums in another order may move a token over an edge.
-    assert (tokens != expected).sum() <= 1
-    same = tokens == expected
-    torch.testing.assert_close(logprobs[same], of_expected[same], rtol=1e-5, atol=1e-5)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(logprobs, of_expected)
     assert finite
     fuse(True)
     logits[3, 5] = torch.nan
-    assert not draw(logits, uniform, temperature=1.0)[2]
+    assert not draw(logits, uniform, temperature=temperature)[2]

@@ -66,14 +66,13 @@ def quiet(**settings: Any) -> Trainer:
 def measured(module: Any, batch: Any, trainer: Trainer) -> int:
     """Return the largest number of bytes of weights and all that was allocated beside them in training."""
     batches: Any = DataLoader([batch] * 2 * trainer.accumulate_grad_batches, batch_size=None, collate_fn=lambda x: x)  # type: ignore[arg-type]
-    # What is forgotten while it is measured would be taken off.
-    gc.collect()
     there = sum(p.nbytes for p in module.parameters())
     return there + peak_of(lambda: trainer.fit(module, batches))
 
 
 def peak_of(work: Callable[[], Any]) -> int:
     """Return the largest number of bytes that was allocated in a piece of work."""
+    # What is forgotten while it is measured would be taken off.
     gc.collect()
     with profile(profile_memory=True) as profiler:
         work()

@@ -12,6 +12,12 @@ from rlhf_lightning.rollout.joined import joined
 TOKENS = torch.randint(2, 258, (3, 9), generator=torch.Generator().manual_seed(0))
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(4, 6), nn.Linear(4, 6)
+
+
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the weights of all products that are made."""
@@ -119,11 +125,6 @@ def test_a_layer_that_somebody_watches_stays(policy: Callable[..., Any]) -> None
 
 
 def test_nothing_of_a_rollout_is_kept_alive() -> None:
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate_proj, self.up_proj = nn.Linear(4, 6), nn.Linear(4, 6)
-
     gated, states = Gated(), torch.randn(2, 4)
     known = ref(states)
     with joined(gated, keep=True), torch.no_grad():
@@ -133,11 +134,6 @@ def test_nothing_of_a_rollout_is_kept_alive() -> None:
 
 
 def test_weights_of_another_shape_are_joined_anew() -> None:
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate_proj, self.up_proj = nn.Linear(4, 6), nn.Linear(4, 6)
-
     gated, states = Gated(), torch.randn(2, 4)
     for size in (6, 8):
         gated.up_proj = nn.Linear(4, size)
