@@ -144,6 +144,12 @@ def free_port() -> int:
 
 
 @pytest.fixture
+def port() -> int:
+    """A port of this machine that nobody listens on."""
+    return free_port()
+
+
+@pytest.fixture
 def without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Lightning find neither of the packages that write TensorBoard's files."""
     for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):

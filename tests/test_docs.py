@@ -35,6 +35,9 @@ FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 SETUP = ["pip install uv && uv run rlhf pipeline", "pip install uv && uv run pytest"]
 """What works on a machine that has only Python and pip."""
 
+STARTED = re.compile(r"(?:^|srun )rlhf (.*?)\"?$|^torchrun .* -m rlhf_lightning.cli.main (.*)$")
+"""A command of `rlhf`, which another program may start."""
+
 INLINE_COMMAND = re.compile(r"`(rlhf (?!VERB|--help)[^`]*)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -227,9 +230,11 @@ def test_every_command_is_one_that_exists(line: str) -> None:
     assert all((ROOT / argument).exists() for argument in arguments if argument.endswith(".py"))
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if line.values[0].startswith("rlhf ")])
+@pytest.mark.parametrize("line", [line for line in commands() if STARTED.search(line.values[0])])
 def test_every_command_composes_and_its_settings_exist(line: str) -> None:
-    verb, *arguments = shlex.split(line)[1:]
+    started = STARTED.search(line)
+    assert started is not None
+    verb, *arguments = shlex.split(started[1] or started[2])
     if not arguments and verb != "pipeline":
         return  # the name of the verb
     if {"--help", "--cfg", "--config-dir", "--config-path"} & set(arguments):

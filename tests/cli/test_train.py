@@ -366,6 +366,59 @@ def test_the_same_ppo_run_on_two_processes_with_a_part_of_the_weights_each(tiny_
     assert any(not before[name].equal(after[name]) for name in before)
 
 
+def by_torchrun(node: int, port: int) -> tuple[list[str], dict[str, str]]:
+    """The command of one of two nodes with a process each, and what is in its environment."""
+    command = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+    command += [f"--rdzv-endpoint=localhost:{port}", "-m", "rlhf_lightning.cli.main", "train"]
+    return [*command, "trainer=fsdp2_cpu", "trainer.num_nodes=2", "trainer.devices=1"], {}
+
+
+def by_slurm(node: int, port: int) -> tuple[list[str], dict[str, str]]:
+    """The same as a task of a job of Slurm, of which there is here what srun puts into the environment."""
+    names = {"JOB_ID": 7, "JOB_NAME": "rlhf", "NNODES": 2, "NTASKS": 2, "NTASKS_PER_NODE": 1, "NODELIST": "localhost"}
+    names |= {"NODEID": node, "PROCID": node, "LOCALID": 0}
+    command = ["rlhf_lightning.cli.main", "train", "trainer=slurm", "trainer.accelerator=cpu"]
+    slurm = {f"SLURM_{name}": str(value) for name, value in names.items()} | {"MASTER_PORT": str(port)}
+    return [*command, "trainer.precision=32-true"], slurm
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("start", [by_torchrun, by_slurm])
+def test_two_nodes_train_as_two_processes_of_one(
+    start: Callable[[int, int], tuple[list[str], dict[str, str]]], tiny_model: Path, port: int
+) -> None:
+    arguments = [
+        "module=ppo",
+        f"network.pretrained={tiny_model}",
+        "data.path=prompts.jsonl",
+        "module.reward=my_rewards:length",
+        "data.batch_size=4",
+        "module.minibatch_size=4",
+        "module.max_new_tokens=6",
+        "trainer.max_steps=2",
+        *QUIET[1:],
+    ]
+
+    def run(*commands: tuple[list[str], dict[str, str]], folder: str) -> bytes:
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-m", *command, *arguments, f"output_dir={folder}"], env=os.environ | environment
+            )
+            for command, environment in commands
+        ]
+        try:
+            assert [process.wait(timeout=300) for process in started] == [0] * len(started)
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+        assert len(list(Path(folder, "checkpoints/last.ckpt").glob("*.distcp"))) == 2
+        return Path(folder, "model/model.safetensors").read_bytes()
+
+    one = run((["rlhf_lightning.cli.main", "train", "trainer=fsdp2_cpu"], {}), folder="one")
+    assert run(*(start(node, port) for node in range(2)), folder="two") == one
+
+
 @pytest.mark.parametrize(("progress", "enabled", "bars"), [(True, True, 1), (False, True, 0), (True, False, 0)])
 def test_a_bar_is_shown_where_nothing_turns_it_off(progress: bool, enabled: bool, bars: int) -> None:
     settings = {

@@ -23,6 +23,7 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.modules.language import LanguageModule
 from rlhf_lightning.modules.sharding import FSDP2Strategy, gathered_state
+from rlhf_lightning.networks import LoRA, NetworkConfig
 from rlhf_lightning.networks.sharding import shard, waits_for_others
 from rlhf_lightning.types import ComparisonBatch, Experience, PromptBatch, Rollout, SFTBatch
 
@@ -164,17 +165,29 @@ def make(
     prompts: PromptBatch,
     make_loader: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """``make(stage, count)``: its module on ``count`` processes; ``copies`` of PPO sample in one process."""
+    """``make(stage, count)``: its module on ``count`` processes; ``copies`` of PPO sample in one process.
 
-    def build(stage: str, count: int = 1, rank: int = 0, *, copies: int = 1, **settings: Any) -> Any:
+    ``adapted`` is what is trained in place of a whole policy or classifier.
+    """
+
+    def build(
+        stage: str,
+        count: int = 1,
+        rank: int = 0,
+        *,
+        copies: int = 1,
+        adapted: NetworkConfig | None = None,
+        **settings: Any,
+    ) -> Any:
         common = {"tokenizer": tokenizer, "learning_rate": 1e-3, **settings}
         if stage == "sft":
-            module: Any = KeptSFT(policy(), **common)
+            module: Any = KeptSFT(adapted or policy(), **common)
         elif stage == "reward":
-            module = KeptReward(classifier(), **common)
+            module = KeptReward(adapted or classifier(), **common)
         else:
-            network = policy()
-            network.generation_config.eos_token_id = STOPS
+            network = adapted or policy()
+            if not adapted:
+                network.generation_config.eos_token_id = STOPS
             defaults = {
                 "reward": classifier(seed=3),
                 "critic_learning_rate": 1e-3,
@@ -269,6 +282,37 @@ def test_ppo_on_two_processes_trains_as_one_with_both_rollouts(
     found = processes(2, lambda rank: train("ppo", 2, rank, strategy, gather_weights=gather))
     assert len(one["updates"]) == UPDATES
     assert_equal_runs(found[0], one)
+
+
+@pytest.mark.parametrize(
+    ("stage", "strategy"),
+    [
+        *((stage, "fsdp2") for stage in ("sft", "reward", "ppo")),
+        *(pytest.param(stage, "ddp", marks=pytest.mark.proof) for stage in ("sft", "reward", "ppo")),
+    ],
+)
+def test_adapters_train_on_two_processes_as_on_one(
+    stage: str,
+    strategy: str,
+    wide_model: Path,
+    tmp_path: Path,
+    tokenizer: Any,
+    train: Callable[..., Any],
+    processes: Callable[..., list[Any]],
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(wide_model)
+    base.generation_config.eos_token_id = STOPS
+    base.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    settings = {"adapted": NetworkConfig(str(tmp_path), lora=LoRA(r=4))}
+    one = train(stage, copies=2, **settings)
+    found = processes(2, lambda rank: train(stage, 2, rank, strategy, **settings))
+    assert_equal_runs(found[0], one)
+    weights = {name.replace(".base_layer", ""): weight for name, weight in found[0]["weights"].items()}
+    start = base.model.state_dict(prefix="model.")
+    assert all(torch.equal(weights[name], weight) for name, weight in start.items())
+    assert all(weight.any() for name, weight in weights.items() if "lora_B" in name)
+    assert sum("lora_B" in name for name in weights) == 14
 
 
 @pytest.mark.proof
