@@ -274,7 +274,7 @@ def wait_for_step(process: int, output_dir: str, step: int) -> None:
 @pytest.mark.proof
 @pytest.mark.parametrize(
     ("stage", "more"),
-    [("sft", []), ("reward", []), ("ppo", []), ("sft", TWO_PROCESSES), ("ppo", TWO_PROCESSES)],
+    [(stage, more) for more in ([], TWO_PROCESSES) for stage in ("sft", "reward", "ppo")],
 )
 def test_runs_that_are_killed_at_random_moments_go_on_bit_for_bit(
     stage: str, more: list[str], arguments: Callable[..., list[str]]
@@ -283,7 +283,7 @@ def test_runs_that_are_killed_at_random_moments_go_on_bit_for_bit(
     more = [*more, "callbacks.checkpoint.every_n_train_steps=1"]
     ended(forked(lambda: run_verb("train", arguments(stage, "whole", *more))))
     last, noise, kills = newest_step("whole"), random.Random(f"{stage} {len(more)}"), 0
-    # Two runs of each of the five kinds are ten, and each is killed twice: once in either half of its steps.
+    # Two runs of each of the six kinds are twelve, and each is killed twice: once in either half of its steps.
     for name in ("killed0", "killed1"):
         command = arguments(stage, name, *more, "ckpt_path=auto")
         for low, high in ((0.0, 0.45), (0.45, 0.8)):

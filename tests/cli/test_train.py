@@ -26,6 +26,9 @@ def length(prompts, responses, scale=1.0, **columns):
 """
 QUIET = ["trainer=cpu", "callbacks.progress=null", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1"]
 
+SMALL_PPO = ["module=ppo", "data.path=prompts.jsonl", "module.reward=my_rewards:length", "data.batch_size=4"]
+SMALL_PPO += ["module.minibatch_size=4", "module.max_new_tokens=6"]
+
 
 @pytest.fixture(autouse=True)
 def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,18 +349,7 @@ def test_deepspeed_that_is_not_installed_is_said_before_anything_is_loaded(
 def test_the_same_ppo_run_on_two_processes_with_a_part_of_the_weights_each(tiny_model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    arguments = [
-        "module=ppo",
-        f"network.pretrained={tiny_model}",
-        "data.path=prompts.jsonl",
-        "module.reward=my_rewards:length",
-        "data.batch_size=4",
-        "module.minibatch_size=4",
-        "module.max_new_tokens=6",
-        "output_dir=out",
-        *QUIET,
-        "trainer=fsdp2_cpu",
-    ]
+    arguments = [*SMALL_PPO, f"network.pretrained={tiny_model}", "output_dir=out", *QUIET, "trainer=fsdp2_cpu"]
     program = [sys.executable, "-m", "rlhf_lightning.cli.main", "train"]
     for more in (["trainer.max_steps=1"], ["trainer.max_steps=2", "ckpt_path=last"]):
         subprocess.run([*program, *arguments, *more], check=True, timeout=300)
@@ -387,17 +379,7 @@ def by_slurm(node: int, port: int) -> tuple[list[str], dict[str, str]]:
 def test_two_nodes_train_as_two_processes_of_one(
     start: Callable[[int, int], tuple[list[str], dict[str, str]]], tiny_model: Path, port: int
 ) -> None:
-    arguments = [
-        "module=ppo",
-        f"network.pretrained={tiny_model}",
-        "data.path=prompts.jsonl",
-        "module.reward=my_rewards:length",
-        "data.batch_size=4",
-        "module.minibatch_size=4",
-        "module.max_new_tokens=6",
-        "trainer.max_steps=2",
-        *QUIET[1:],
-    ]
+    arguments = [*SMALL_PPO, f"network.pretrained={tiny_model}", "trainer.max_steps=2", *QUIET[1:]]
 
     def run(*commands: tuple[list[str], dict[str, str]], folder: str) -> bytes:
         started = [
