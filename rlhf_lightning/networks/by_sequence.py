@@ -4,6 +4,7 @@
     sequences   a a a . | b b . . | c c c c        attention: as if nothing had been packed
 
 A mask over rows would compute the attention of every token to all tokens of its row, and throw most of it away.
+Sequences of similar lengths attend together (`length_groups`), so that little is padded.
 """
 
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.networks.attending import sees_all
 from rlhf_lightning.networks.checkpointing import is_checkpointed
 from rlhf_lightning.networks.compiling import is_compiled
+from rlhf_lightning.networks.length_groups import LengthGroups
 
 BY_SEQUENCE = "by_sequence"
 """The name of `attend_by_sequence` in `transformers`."""
@@ -29,12 +31,12 @@ _see_all_before: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Sequences:
-    """Where the tokens of B sequences of at most T stand among the N * S places of rows."""
+    """Where the P tokens of sequences, padded in groups, stand among the N * S places of rows."""
 
-    shape: tuple[int, int]
-    """B and T."""
+    groups: LengthGroups
+    """How the tokens are numbered."""
     places: Tensor
-    """(B * T,) the place of a token; anywhere for padding."""
+    """(P,) the place of a token; anywhere for padding."""
     tokens: Tensor
     """(N * S,) the token at a place, the first of those that share it; anywhere for what fills up a row."""
     fill: Tensor
@@ -56,7 +58,7 @@ class Beginnings:
     longest: int
     """Of how many tokens the longest is."""
     leader: Tensor
-    """(B,) the first of the sequences that share their beginning."""
+    """(B,) of the sequences, group by group, the first of those that share their beginning."""
     places: Tensor
     """(P,) the places of all of them."""
     tokens: Tensor
@@ -94,8 +96,12 @@ class _Spread(torch.autograd.Function):
         at_places = gradient.index_select(0, sequences.tokens).index_fill_(0, sequences.fill, 0)
         if (beginnings := sequences.beginnings) is not None:
             # As slices of sequences: adding up token by token takes longer than the attention.
-            of_beginnings = gradient.view(*sequences.shape, -1)[:, : beginnings.longest]
-            added = torch.zeros_like(of_beginnings).index_add_(0, beginnings.leader, of_beginnings)
+            added = gradient.new_zeros(len(beginnings.leader), beginnings.longest, gradient.shape[1])
+            shapes, sizes = sequences.groups.shapes, sequences.groups.sizes
+            leaders = beginnings.leader.split([number for number, _ in shapes])
+            for leader, shape, of_group in zip(leaders, shapes, gradient.split(sizes), strict=True):
+                length = min(shape[1], beginnings.longest)
+                added[:, :length].index_add_(0, leader, of_group.view(*shape, -1)[:, :length])
             at_places.index_copy_(0, beginnings.places, added.flatten(0, 1).index_select(0, beginnings.tokens))
         return at_places, None
 
@@ -135,20 +141,26 @@ def attend_by_sequence(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     sequences.readers.add(id(module))
     rows, _, size, _ = query.shape
+    groups = sequences.groups
     is_on_cpu = query.device.type == "cpu"
 
-    def spread(states: Tensor) -> Tensor:
+    def spread(states: Tensor) -> list[Tensor]:
         heads = states.shape[1]
         at_places = states.transpose(1, 2).reshape(rows * size, -1)
         spread_out: Tensor = _Spread.apply(at_least_float32(at_places) if is_on_cpu else at_places, sequences)
-        return spread_out.view(*sequences.shape, heads, -1).transpose(1, 2)
+        parts = zip(spread_out.split(groups.sizes), groups.shapes, strict=True)
+        return [part.view(*shape, heads, -1).transpose(1, 2) for part, shape in parts]
 
     with torch.autocast("cpu", enabled=False):
-        attended, _ = sdpa_attention_forward(module, spread(query), spread(key), spread(value), None, **kwargs)
+        attended = [
+            sdpa_attention_forward(module, *of_group, None, **kwargs)[0].flatten(0, 1)
+            for of_group in zip(spread(query), spread(key), spread(value), strict=True)
+        ]
+    by_token = torch.cat(attended)
     if is_on_cpu:
-        attended = attended.to(query.dtype)
-    collected: Tensor = _Collect.apply(attended.flatten(0, 1).flatten(1), sequences)
-    return collected.view(rows, size, *attended.shape[2:]), None
+        by_token = by_token.to(query.dtype)
+    collected: Tensor = _Collect.apply(by_token.flatten(1), sequences)
+    return collected.view(rows, size, *by_token.shape[1:]), None
 
 
 AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)

@@ -22,6 +22,7 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks.attending import attending
 from rlhf_lightning.networks.by_sequence import BY_SEQUENCE, Beginnings, Sequences, attends_by_sequence
 from rlhf_lightning.networks.last_block import reading_states
+from rlhf_lightning.networks.length_groups import group_by_length
 
 LARGEST_MOVE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.02}
 """What reading several sequences in one row may move scores and log-probabilities by, by the precision."""
@@ -64,21 +65,31 @@ class Packed:
     def sequences(self) -> Sequences:
         """Where the tokens of the sequences stand."""
         batch, length = self.kept.shape
-        token = torch.arange(batch * length, device=self.kept.device).view(batch, length)
-        tokens = self.arranged(token, fill=-1).view(-1)
-        places = self.rows * self.tokens.shape[1] + self.columns
+        time = torch.arange(length, device=self.kept.device)
+        groups = group_by_length(((time + 1) * self.kept).amax(dim=1))
+        number, is_numbered = groups.numbers(length)
+        tokens = self.arranged(number, fill=-1).view(-1)
+        places = number.new_empty(sum(groups.sizes))
+        places[number[is_numbered]] = (self.rows * self.tokens.shape[1] + self.columns)[is_numbered]
         beginnings = None
         if self.shared is not None and self.leader is not None:
             longest = int(self.shared.max())
-            is_shared = self.kept & (torch.arange(length, device=self.kept.device) < self.shared)
-            sequence, time = is_shared.nonzero(as_tuple=True)
-            beginnings = Beginnings(longest, self.leader, places[is_shared], sequence * longest + time)
+            is_shared = self.kept & (time < self.shared)
+            in_order = torch.empty_like(groups.order)
+            in_order[groups.order] = torch.arange(batch, device=self.kept.device)
+            sequence, step = is_shared.nonzero(as_tuple=True)
+            beginnings = Beginnings(
+                longest,
+                leader=in_order[self.leader[groups.order]],
+                places=places[number[is_shared]],
+                tokens=in_order[sequence] * longest + step,
+            )
         return Sequences(
-            shape=(batch, length),
-            places=places.view(-1),
+            groups=groups,
+            places=places,
             tokens=tokens.clamp(min=0),
             fill=(tokens < 0).nonzero().squeeze(1),
-            not_kept=(~self.kept).view(-1).nonzero().squeeze(1),
+            not_kept=number[is_numbered & ~self.kept],
             beginnings=beginnings,
         )
 

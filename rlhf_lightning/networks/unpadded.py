@@ -85,18 +85,23 @@ def _without_padding(body: nn.Module, tokens: Tensor, attention_mask: Tensor, st
 def one_row(lengths: Int[Tensor, " B"]) -> "Sequences":
     """Return where the tokens of sequences of these lengths stand in one row, in which nothing is between them."""
     from rlhf_lightning.networks.by_sequence import Sequences
+    from rlhf_lightning.networks.length_groups import group_by_length
 
-    longest = int(lengths.max())
+    groups = group_by_length(lengths)
+    longest = int(groups.padded.max())
+    number, is_numbered = groups.numbers(longest)
     time = torch.arange(longest, device=lengths.device)
     kept = time < lengths.unsqueeze(1)
-    places = (lengths.cumsum(0) - lengths).unsqueeze(1) + time
-    number = torch.arange(kept.numel(), device=lengths.device)
+    # Anywhere for padding, of which that of the last sequence would be behind the row.
+    place = ((lengths.cumsum(0) - lengths).unsqueeze(1) + time).clamp(max=int(lengths.sum()) - 1)
+    places = number.new_empty(sum(groups.sizes))
+    places[number[is_numbered]] = place[is_numbered]
     return Sequences(
-        shape=(len(lengths), longest),
-        places=places.clamp(max=int(lengths.sum()) - 1).view(-1),
-        tokens=number[kept.view(-1)],
-        fill=number[:0],
-        not_kept=number[~kept.view(-1)],
+        groups=groups,
+        places=places,
+        tokens=number[kept],
+        fill=number[:0, 0],
+        not_kept=number[is_numbered & ~kept],
     )
 
 

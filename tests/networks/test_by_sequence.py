@@ -19,6 +19,7 @@ from transformers import (
     MistralModel,
 )
 
+from rlhf_lightning.networks import length_groups
 from rlhf_lightning.networks.by_sequence import BY_SEQUENCE, attend_by_sequence, attends_by_sequence
 from rlhf_lightning.networks.checkpointing import checkpoint_blocks
 from rlhf_lightning.networks.packing import Packed, last_hidden_state, pack, reading
@@ -70,6 +71,13 @@ PACKED: dict[str, Callable[[], Packed]] = {
     "one sequence": lambda: pack(*padded([4])),
     "one token": lambda: pack(*padded([1])),
 }
+
+
+@pytest.fixture(params=["together", "in groups"], autouse=True)
+def groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let sequences as short as these attend in groups, too."""
+    if request.param == "in groups":
+        monkeypatch.setattr(length_groups, "WORTH", 1)
 
 
 # Llama's norms are computed in float32 whatever the network is in.

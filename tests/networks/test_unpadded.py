@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 from rlhf_lightning.functional.masking import position_ids
+from rlhf_lightning.networks import length_groups
 from rlhf_lightning.networks.by_sequence import attends_by_sequence
 from rlhf_lightning.networks.unpadded import last_states, one_row, reading_padding
 
@@ -38,11 +39,15 @@ def sequences(lefts: list[int], lengths: list[int], *, right: int) -> tuple[Tens
 
 
 @settings(deadline=None, max_examples=40)
-@given(rows=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 7)), min_size=1, max_size=5), right=st.integers(0, 2))
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 7)), min_size=1, max_size=5),
+    right=st.integers(0, 2),
+    in_groups=st.booleans(),
+)
 # Llama's norms are computed in float32 whatever the network is in.
 @pytest.mark.parametrize(("make", "rounding"), [(gpt2, 1e-9), (llama, 1e-4)])
 def test_states_and_gradients_are_those_of_padded_sequences(
-    make: Callable[[], Any], rounding: float, rows: list[tuple[int, int]], right: int
+    make: Callable[[], Any], rounding: float, rows: list[tuple[int, int]], right: int, in_groups: bool
 ) -> None:
     tokens, mask = sequences([left for left, _ in rows], [length for _, length in rows], right=right)
     found = []
@@ -52,7 +57,9 @@ def test_states_and_gradients_are_those_of_padded_sequences(
             with reading_padding():
                 states = last_states(network, tokens, mask, position_ids=position_ids(mask))
         else:
-            states = last_states(network, tokens, mask, position_ids=position_ids(mask))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(length_groups, "WORTH", 1 if in_groups else length_groups.WORTH)
+                states = last_states(network, tokens, mask, position_ids=position_ids(mask))
         assert states.shape == (*tokens.shape, 32)
         real = states[mask]
         (real * torch.linspace(-1, 1, real.numel()).double().view_as(real)).sum().backward()
@@ -106,7 +113,7 @@ def test_the_states_of_padding_are_nothing_and_get_no_gradient() -> None:
 
 def test_a_row_says_where_its_sequences_stand() -> None:
     found = one_row(torch.tensor([2, 3, 1]))
-    assert found.shape == (3, 3)
+    assert found.groups.shapes == ((3, 3),)
     assert found.places[found.tokens].tolist() == list(range(6))
     assert found.tokens.tolist() == [0, 1, 3, 4, 5, 6]
     assert found.not_kept.tolist() == [2, 7, 8]
