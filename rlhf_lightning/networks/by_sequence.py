@@ -21,6 +21,7 @@ from rlhf_lightning.networks.attending import sees_all
 from rlhf_lightning.networks.checkpointing import is_checkpointed
 from rlhf_lightning.networks.compiling import is_compiled
 from rlhf_lightning.networks.length_groups import LengthGroups
+from rlhf_lightning.networks.short_attention import LONGEST, attend_short
 
 BY_SEQUENCE = "by_sequence"
 """The name of `attend_by_sequence` in `transformers`."""
@@ -143,24 +144,36 @@ def attend_by_sequence(
     rows, _, size, _ = query.shape
     groups = sequences.groups
     is_on_cpu = query.device.type == "cpu"
+    states = (query, key, value)
+    # Together, since each step takes some time whatever its size.
+    at_places = torch.cat([x.transpose(1, 2).reshape(rows * size, -1) for x in states], dim=1)
+    spread: Tensor = _Spread.apply(at_least_float32(at_places) if is_on_cpu else at_places, sequences)
+    widths = [x.shape[1] * x.shape[3] for x in states]
 
-    def spread(states: Tensor) -> list[Tensor]:
-        heads = states.shape[1]
-        at_places = states.transpose(1, 2).reshape(rows * size, -1)
-        spread_out: Tensor = _Spread.apply(at_least_float32(at_places) if is_on_cpu else at_places, sequences)
-        parts = zip(spread_out.split(groups.sizes), groups.shapes, strict=True)
-        return [part.view(*shape, heads, -1).transpose(1, 2) for part, shape in parts]
+    def of_heads(part: Tensor, shape: tuple[int, int]) -> list[Tensor]:
+        parts = zip(part.split(widths, dim=1), states, strict=True)
+        return [x.view(*shape, like.shape[1], -1).transpose(1, 2) for x, like in parts]
 
     with torch.autocast("cpu", enabled=False):
         attended = [
-            sdpa_attention_forward(module, *of_group, None, **kwargs)[0].flatten(0, 1)
-            for of_group in zip(spread(query), spread(key), spread(value), strict=True)
+            _attend(module, of_heads(part, shape), **kwargs).flatten(0, 1)
+            for part, shape in zip(spread.split(groups.sizes), groups.shapes, strict=True)
         ]
     by_token = torch.cat(attended)
     if is_on_cpu:
         by_token = by_token.to(query.dtype)
     collected: Tensor = _Collect.apply(by_token.flatten(1), sequences)
     return collected.view(rows, size, *by_token.shape[1:]), None
+
+
+def _attend(module: nn.Module, states: list[Tensor], *, scaling: float | None = None, **kwargs: Any) -> Tensor:
+    """Attend within sequences, by queries, keys and values (B, heads, T, size); returns (B, T, heads, size)."""
+    query, key, value = states
+    is_plain = not kwargs.get("dropout") and all(kwargs.get(name) is None for name in ("softcap", "position_bias"))
+    if is_plain and query.device.type == "cpu" and query.shape[2] <= LONGEST:
+        scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+        return attend_short(query, key, value, scaling=scaling).transpose(1, 2)
+    return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)[0]
 
 
 AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)

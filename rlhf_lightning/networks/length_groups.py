@@ -42,6 +42,13 @@ class LengthGroups:
         time = torch.arange(length, device=self.first.device)
         return self.first.unsqueeze(1) + time, time < self.padded.unsqueeze(1)
 
+    def by_number(self, values: Int[Tensor, "B T"]) -> Int[Tensor, " P"]:
+        """Return what belongs to tokens and padding in the order of their numbers; none may be longer than T."""
+        number, is_numbered = self.numbers(values.shape[1])
+        found = values.new_empty(sum(self.sizes))
+        found[number[is_numbered]] = values[is_numbered]
+        return found
+
 
 def group_by_length(lengths: Int[Tensor, " B"]) -> LengthGroups:
     """Return groups in which attention computes little padding; one, in the given order, where several spare nothing.

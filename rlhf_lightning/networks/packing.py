@@ -69,8 +69,7 @@ class Packed:
         groups = group_by_length(((time + 1) * self.kept).amax(dim=1))
         number, is_numbered = groups.numbers(length)
         tokens = self.arranged(number, fill=-1).view(-1)
-        places = number.new_empty(sum(groups.sizes))
-        places[number[is_numbered]] = (self.rows * self.tokens.shape[1] + self.columns)[is_numbered]
+        places = groups.by_number(self.rows * self.tokens.shape[1] + self.columns)
         beginnings = None
         if self.shared is not None and self.leader is not None:
             longest = int(self.shared.max())

@@ -93,12 +93,10 @@ def one_row(lengths: Int[Tensor, " B"]) -> "Sequences":
     time = torch.arange(longest, device=lengths.device)
     kept = time < lengths.unsqueeze(1)
     # Anywhere for padding, of which that of the last sequence would be behind the row.
-    place = ((lengths.cumsum(0) - lengths).unsqueeze(1) + time).clamp(max=int(lengths.sum()) - 1)
-    places = number.new_empty(sum(groups.sizes))
-    places[number[is_numbered]] = place[is_numbered]
+    places = ((lengths.cumsum(0) - lengths).unsqueeze(1) + time).clamp(max=int(lengths.sum()) - 1)
     return Sequences(
         groups=groups,
-        places=places,
+        places=groups.by_number(places),
         tokens=number[kept],
         fill=number[:0, 0],
         not_kept=number[is_numbered & ~kept],

@@ -1,10 +1,11 @@
 """This project against TRL and `transformers`: the same model, data, precision and updates, in turns, on one thread.
 
 `python tests/benchmarks/peers.py sft`, `reward`, `sampling` and `ppo`, with `--size a` or `b`, print a line of JSON
-each: medians of the turns' units (tokens, pairs, rollouts) per CPU-second, the largest memory of each way, and the
-ratios of ours to theirs, and of bf16-mixed to float32. Each way runs in a process of its own and waits while another
-has its turn. First all but those of bf16-mixed find the loss of the same batch, and must agree. Memory is that of two
-turns in a new process, which has checked nothing. TRL is installed, once, into an environment of its own under
+each: medians of the turns' units (tokens, pairs, rollouts) per CPU-second, the largest memory of each way, the ratios
+of ours to theirs, and of bf16-mixed to float32. `share_of_peak` is what ours reaches of the operations a second of a
+product of large matrices, measured once in the same process. Each way runs in a process of its own and waits while
+another has its turn. First all but those of bf16-mixed find the loss of the same batch, and must agree. Memory is that
+of two turns in a new process, which has checked nothing. TRL is installed, once, into an environment of its own under
 `--environments`; where that fails the line holds `transformers` alone. docs/benchmarks.md holds what it printed.
 """
 
@@ -285,6 +286,8 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": statistics.median(x["seconds"] for x in turns),
         "rate": statistics.median(x["amount"] / x["seconds"] for x in turns),
     }
+    if "flops" in turns[-1]:
+        found["share_of_peak"] = statistics.median(x["flops"] / x["seconds"] for x in turns) / turns[-1]["matrix_peak"]
     return {name: round(x, 4) for name, x in found.items()} | (
         {"response_length": round(logged["ppo/response_length"], 1)} if "ppo/response_length" in logged else {}
     )

@@ -22,6 +22,7 @@ from rlhf_lightning import (
     SFTDataModule,
     SFTModule,
 )
+from rlhf_lightning.callbacks.throughput import compute_dtype, matrix_peak
 from rlhf_lightning.networks import LoRA, NetworkConfig, load_policy
 from rlhf_lightning.rollout.generate import sample_tokens
 from rlhf_lightning.types import PromptBatch, SampledRollout
@@ -41,17 +42,23 @@ def main() -> None:
 
 
 class TakesTurns(Callback):
-    """Ends a turn with each epoch."""
+    """Ends a turn with each epoch; says of it how many operations it took, and how many a second a product reaches."""
 
     def __init__(self, turns: Turns, *, amount: float) -> None:
         self.turns, self.amount = turns, amount
+        self.flops = 0.0
 
     def on_train_epoch_start(self, *_: Any) -> None:
+        self.flops = 0.0
         self.turns.begin()
 
-    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.flops += float(module.work(batch).flops)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.turns.end(amount=self.amount, logged=logged)
+        peak = matrix_peak(module.device, compute_dtype(trainer, module))
+        self.turns.end(amount=self.amount, logged=logged, flops=self.flops, matrix_peak=peak)
 
 
 def sft(turns: Turns, run: dict[str, Any]) -> None:

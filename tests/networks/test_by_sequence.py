@@ -19,7 +19,7 @@ from transformers import (
     MistralModel,
 )
 
-from rlhf_lightning.networks import length_groups
+from rlhf_lightning.networks import by_sequence, length_groups
 from rlhf_lightning.networks.by_sequence import BY_SEQUENCE, attend_by_sequence, attends_by_sequence
 from rlhf_lightning.networks.checkpointing import checkpoint_blocks
 from rlhf_lightning.networks.packing import Packed, last_hidden_state, pack, reading
@@ -73,11 +73,13 @@ PACKED: dict[str, Callable[[], Packed]] = {
 }
 
 
-@pytest.fixture(params=["together", "in groups"], autouse=True)
+@pytest.fixture(params=["together", "in groups", "of torch"], autouse=True)
 def groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let sequences as short as these attend in groups, too."""
+    """Let sequences as short as these attend in groups, too, and by torch's attention."""
     if request.param == "in groups":
         monkeypatch.setattr(length_groups, "WORTH", 1)
+    if request.param == "of torch":
+        monkeypatch.setattr(by_sequence, "LONGEST", 0)
 
 
 # Llama's norms are computed in float32 whatever the network is in.

@@ -1,0 +1,44 @@
+"""Attention of short sequences is that of torch."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from rlhf_lightning.networks.short_attention import attend_short
+
+
+def states(heads: int, *, length: int = 5, size: int = 3) -> Tensor:
+    # As a projection leaves them: heads of one token lie next to each other.
+    made = torch.randn(2, length, heads * size, dtype=torch.float64)
+    return made.view(2, length, heads, size).transpose(1, 2).requires_grad_()
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_attention_and_its_gradients_are_those_of_torch(heads: int, key_heads: int, length: int) -> None:
+    torch.manual_seed(0)
+    given = [states(heads, length=length), states(key_heads, length=length), states(key_heads, length=length, size=2)]
+    weights = torch.randn(2, heads, length, 2, dtype=torch.float64)
+    found = attend_short(*given, scaling=0.7)
+    expected = scaled_dot_product_attention(*given, is_causal=True, scale=0.7, enable_gqa=True)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad((attended * weights).sum(), given) for attended in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_gradients_are_those_of_small_differences() -> None:
+    torch.manual_seed(0)
+    given = (states(2), states(1), states(1))
+    assert torch.autograd.gradcheck(lambda *x: attend_short(*x, scaling=0.5), given)
+
+
+def test_no_token_attends_to_one_behind_it() -> None:
+    torch.manual_seed(0)
+    query, key, value = (states(2, length=6).detach() for _ in range(3))
+    before = attend_short(query, key, value, scaling=1.0)
+    key[:, :, 4:], value[:, :, 4:] = 99.0, torch.randn(2, 2, 2, 3).double()
+    after = attend_short(query, key, value, scaling=1.0)
+    assert torch.equal(before[:, :, :4], after[:, :, :4])
+    assert not torch.equal(before[:, :, 4:], after[:, :, 4:])
