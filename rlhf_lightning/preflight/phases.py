@@ -21,9 +21,8 @@ from rlhf_lightning.preflight.allocations import PhaseMemory, allocated
 from rlhf_lightning.preflight.memory import Estimate, RoleMemory, cublas_bytes, role_memory
 from rlhf_lightning.rollout.draw import draw
 from rlhf_lightning.rollout.experience import MicroBatch
-from rlhf_lightning.rollout.generate import Sampler
+from rlhf_lightning.rollout.generate import Sampler, fast_weights
 from rlhf_lightning.rollout.in_slots import MOST_SLOTS, READ_AT_ONCE, read_prompts
-from rlhf_lightning.rollout.joined import joined
 from rlhf_lightning.rollout.recording import room_for
 from rlhf_lightning.rollout.reward import ModelReward, Reward
 from rlhf_lightning.rollout.score import score_rows
@@ -261,8 +260,9 @@ def sampling_memory(
         nonlocal cache_size, kept
         known = {id(weight) for weight in policy.parameters()}
         with ExitStack() as stack:
-            for copies in (stand_ins, joined) if in_slots and on_a_gpu else (stand_ins,):
-                stack.enter_context(copies(policy))
+            copies = [stand_ins(policy), *([fast_weights(policy, rows=count)] if in_slots else [])]
+            for copied in copies:
+                stack.enter_context(copied)
                 new_weights = [weight for weight in policy.parameters() if id(weight) not in known]
                 known |= {id(weight) for weight in new_weights}
                 kept += sum(weight.nbytes for weight in new_weights) if on_a_gpu else 0

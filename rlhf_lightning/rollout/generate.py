@@ -1,6 +1,6 @@
 """From prompts to a rollout: responses sampled token by token."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,8 +14,9 @@ from rlhf_lightning.networks.modes import evaluating
 from rlhf_lightning.networks.sharding import is_sharded, waits_for_others
 from rlhf_lightning.rollout.by_transformers import sample_by_transformers
 from rlhf_lightning.rollout.draw import noise
-from rlhf_lightning.rollout.in_slots import sample_in_slots
+from rlhf_lightning.rollout.in_slots import MOST_SLOTS, sample_in_slots
 from rlhf_lightning.rollout.joined import joined
+from rlhf_lightning.rollout.reordered import reordered
 from rlhf_lightning.rollout.stand_ins import stand_ins
 from rlhf_lightning.rollout.stepwise import sample_stepwise
 from rlhf_lightning.types import PromptBatch, SampledRollout
@@ -109,8 +110,7 @@ def sample_tokens(
             uniform = noise(len(prompt_tokens), max_new_tokens, generator)
             plain = sees_all(policy) and not waits_for_others(policy)
             sample = sample_in_slots if plain else sample_stepwise
-            # Weights that were gathered for the rollout are not to be kept.
-            with joined(policy, keep=True) if plain and on_a_gpu and not is_sharded(policy) else nullcontext():
+            with fast_weights(policy, rows=len(prompt_tokens)) if plain else nullcontext():
                 tokens, logprobs = sample(policy, prompt_tokens, prompt_mask, uniform, **settings)
     # Up to the end of the longest response, and each ended one filled up.
     ended = torch.isin(tokens, stop_tokens)
@@ -120,6 +120,15 @@ def sample_tokens(
     tokens = torch.where(behind & ended.any(dim=1, keepdim=True), last, tokens)
     longest = int(lengths.max())
     return Sampled(tokens[:, :longest], logprobs[:, :longest])
+
+
+def fast_weights(policy: nn.Module, *, rows: int) -> AbstractContextManager[None]:
+    """Return the block in which the weights are copied to where steps read them fastest."""
+    # Those that were gathered for the rollout are not to be kept.
+    if is_sharded(policy):
+        return nullcontext()
+    on_a_gpu = next(policy.parameters()).is_cuda
+    return joined(policy, keep=True) if on_a_gpu else reordered(policy, rows=min(rows, MOST_SLOTS))
 
 
 def decode(tokenizer: "PreTrainedTokenizerBase", tokens: Int[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> list[str]:
