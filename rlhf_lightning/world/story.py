@@ -73,13 +73,15 @@ def write_world(folder: Path, world: World, *, seed: int) -> dict[str, Any]:
 def write_comparisons(folder: Path, world: World, sample: Sampler, *, seed: int) -> dict[str, Any]:
     """Write what the judge, with a person's noise, prefers among responses that ``sample`` draws from a policy.
 
-    Where there are more comparisons than instructions, each is answered anew. Held-out ones are of held-out
-    instructions. The result holds the share of their labels that the judge without noise agrees with, which is the most
-    that a reward model can reach.
+    Instructions of the register that few audiences want are asked twice as often as others: what is right for most is
+    wrong there, which a reward model learns last. Where there are more comparisons than that, each is answered anew.
+    Held-out ones are of held-out instructions, all equally often. The result holds the share of their labels that the
+    judge without noise agrees with, which is the most that a reward model can reach.
     """
     train, held_out = split(seed)
+    rare = [instruction for instruction in train if instruction.register == "technical"]
     asked = {
-        "comparisons": list(islice(cycle(shuffled(train, seed)), world.comparisons)),
+        "comparisons": list(islice(cycle(shuffled([*train, *rare], seed)), world.comparisons)),
         "comparisons_held_out": list(islice(cycle(shuffled(held_out, seed)), world.held_out_comparisons)),
     }
     result: dict[str, Any] = {}

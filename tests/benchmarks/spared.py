@@ -3,7 +3,8 @@
 `python tests/benchmarks/spared.py` prints a JSON line for each kind of work and size, after a check that both ways
 find the same: medians of alternating runs of one thread, in seconds of its own CPU time. Scores read one state of each
 sequence, responses those of their half (`last_block`); adapters are added by `peft`'s layers, and in place
-(`adapted_linear`).
+(`adapted_linear`). Short sequences attend by torch's attention, padded to the longest of them, and by our own in groups
+of similar lengths (`short_attention`, `length_groups`).
 """
 
 import argparse
@@ -13,13 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
-from rlhf_lightning.networks import LoRA
+from rlhf_lightning.networks import LoRA, by_sequence, length_groups
 from rlhf_lightning.networks.adapted_linear import AdaptedLinear, lighten
 from rlhf_lightning.networks.lora import add_adapter, train_adapter
 from rlhf_lightning.networks.unpadded import last_states
@@ -58,11 +60,14 @@ def works(size: dict[str, Any]) -> dict[str, tuple[Callable[[], float], Callable
     mask = place < lengths
     ends, responses = place == lengths - 1, mask & (place >= lengths // 2)
 
+    short_tokens, short_mask = torch.randint(2, 1024, (64, 60)), torch.arange(60) < torch.randint(12, 61, (64, 1))
+
     def work(network: Any, kept: Tensor, read: Tensor | None, using: Any = nullcontext) -> Callable[[], float]:
         def once() -> float:
             network.zero_grad()
+            given = (short_tokens, short_mask) if kept is short_mask else (tokens, mask)
             with using(network):
-                loss = last_states(network, tokens, mask, read=read)[kept].square().mean()
+                loss = last_states(network, *given, read=read)[kept].square().mean()
                 loss.backward()
             return float(loss.detach())
 
@@ -72,6 +77,7 @@ def works(size: dict[str, Any]) -> dict[str, tuple[Callable[[], float], Callable
         "scores": (work(body, ends, None), work(body, ends, ends)),
         "responses": (work(body, responses, None), work(body, responses, responses)),
         "adapters": (work(adapted, mask, None, with_layers_of_peft), work(adapted, mask, None)),
+        "short sequences": (work(body, short_mask, None, with_attention_of_torch), work(body, short_mask, None)),
     }
 
 
@@ -82,6 +88,12 @@ def with_layers_of_peft(network: Any) -> Iterator[None]:
             layer.__class__ = Linear
     yield
     lighten(network)
+
+
+@contextmanager
+def with_attention_of_torch(_: Any) -> Iterator[None]:
+    with patch.object(by_sequence, "LONGEST", 0), patch.object(length_groups, "WORTH", 10**9):
+        yield
 
 
 def compare(before: Callable[[], float], after: Callable[[], float], repeats: int) -> dict[str, float]:
