@@ -7,6 +7,7 @@ A mask over rows would compute the attention of every token to all tokens of its
 Sequences of similar lengths attend together (`length_groups`), so that little is padded.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,18 +27,21 @@ from rlhf_lightning.networks.short_attention import LONGEST, attend_short
 BY_SEQUENCE = "by_sequence"
 """The name of `attend_by_sequence` in `transformers`."""
 
+BESIDES = ("softcap", "position_bias")
+"""What `transformers` may tell its attention besides, and `attend_short` is not made for."""
+
 _see_all_before: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 """Of each network, whether its tokens attend to all before them and to none behind."""
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Where the P tokens of sequences, padded in groups, stand among the N * S places of rows."""
+    """Where the M tokens of sequences, padded in groups, stand among the N * S places of rows."""
 
     groups: LengthGroups
     """How the tokens are numbered."""
     places: Tensor
-    """(P,) the place of a token; anywhere for padding."""
+    """(M,) the place of a token; anywhere for padding."""
     tokens: Tensor
     """(N * S,) the token at a place, the first of those that share it; anywhere for what fills up a row."""
     fill: Tensor
@@ -61,9 +65,9 @@ class Beginnings:
     leader: Tensor
     """(B,) of the sequences, group by group, the first of those that share their beginning."""
     places: Tensor
-    """(P,) the places of all of them."""
+    """(L,) the places of all L tokens of them."""
     tokens: Tensor
-    """(P,) the tokens at these places, as numbers in (B * longest)."""
+    """(L,) the tokens at these places, as numbers in (B * longest)."""
 
 
 @dataclass(frozen=True)
@@ -148,15 +152,10 @@ def attend_by_sequence(
     # Together, since each step takes some time whatever its size.
     at_places = torch.cat([x.transpose(1, 2).reshape(rows * size, -1) for x in states], dim=1)
     spread: Tensor = _Spread.apply(at_least_float32(at_places) if is_on_cpu else at_places, sequences)
-    widths = [x.shape[1] * x.shape[3] for x in states]
-
-    def of_heads(part: Tensor, shape: tuple[int, int]) -> list[Tensor]:
-        parts = zip(part.split(widths, dim=1), states, strict=True)
-        return [x.view(*shape, like.shape[1], -1).transpose(1, 2) for x, like in parts]
-
+    heads = [(x.shape[1], x.shape[3]) for x in states]
     with torch.autocast("cpu", enabled=False):
         attended = [
-            _attend(module, of_heads(part, shape), **kwargs).flatten(0, 1)
+            _attend(module, *_of_heads(part, shape, heads), **kwargs).flatten(0, 1)
             for part, shape in zip(spread.split(groups.sizes), groups.shapes, strict=True)
         ]
     by_token = torch.cat(attended)
@@ -166,14 +165,31 @@ def attend_by_sequence(
     return collected.view(rows, size, *by_token.shape[1:]), None
 
 
-def _attend(module: nn.Module, states: list[Tensor], *, scaling: float | None = None, **kwargs: Any) -> Tensor:
+def _of_heads(by_token: Tensor, shape: tuple[int, int], heads: list[tuple[int, int]]) -> Iterator[Tensor]:
+    """Yield what stands side by side (B * T, ...), each as (B, heads, T, size), for a number and a size of heads."""
+    parts = by_token.split([number * size for number, size in heads], dim=1)
+    for part, (number, size) in zip(parts, heads, strict=True):
+        yield part.view(*shape, number, size).transpose(1, 2)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> Tensor:
     """Attend within sequences, by queries, keys and values (B, heads, T, size); returns (B, T, heads, size)."""
-    query, key, value = states
-    is_plain = not kwargs.get("dropout") and all(kwargs.get(name) is None for name in ("softcap", "position_bias"))
-    if is_plain and query.device.type == "cpu" and query.shape[2] <= LONGEST:
+    is_short = query.device.type == "cpu" and query.shape[2] <= LONGEST
+    if is_short and not dropout and is_causal in (None, True) and all(kwargs.get(name) is None for name in BESIDES):
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
         return attend_short(query, key, value, scaling=scaling).transpose(1, 2)
-    return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)[0]
+    told = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, **kwargs}
+    return sdpa_attention_forward(module, query, key, value, None, **told)[0]
 
 
 AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)

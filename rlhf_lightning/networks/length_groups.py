@@ -42,8 +42,8 @@ class LengthGroups:
         time = torch.arange(length, device=self.first.device)
         return self.first.unsqueeze(1) + time, time < self.padded.unsqueeze(1)
 
-    def by_number(self, values: Int[Tensor, "B T"]) -> Int[Tensor, " P"]:
-        """Return what belongs to tokens and padding in the order of their numbers; none may be longer than T."""
+    def by_number(self, values: Int[Tensor, "B T"]) -> Int[Tensor, " M"]:
+        """Return what belongs to tokens and padding in the order of their M numbers; none may be longer than T."""
         number, is_numbered = self.numbers(values.shape[1])
         found = values.new_empty(sum(self.sizes))
         found[number[is_numbered]] = values[is_numbered]
@@ -78,4 +78,5 @@ def _shapes(descending: Sequence[int]) -> list[tuple[int, int]]:
         if length <= SHORTER * longest and spared >= WORTH:
             starts.append(place)
     ends = [*starts[1:], len(descending)]
-    return [(end - start, descending[start]) for start, end in zip(starts, ends, strict=True)]
+    # A sequence without tokens is one of padding.
+    return [(end - start, max(1, descending[start])) for start, end in zip(starts, ends, strict=True)]

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LONGEST = 64
-"""Tokens of a sequence, up to which this is faster: docs/benchmarks.md."""
+"""Tokens of a sequence, up to which this was faster in all trials: docs/benchmarks.md."""
 
 
 def attend_short(query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:
@@ -40,14 +41,17 @@ class _Attention(torch.autograd.Function):
         return torch.bmm(weights, values).view(batch, heads, length, -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values, weights = ctx.saved_tensors
         of_attended = gradient.reshape(*queries.shape[:2], -1)
-        of_values = torch.bmm(weights.transpose(1, 2), of_attended)
-        of_weights = torch.bmm(of_attended, values.transpose(1, 2))
-        # Of a softmax p with the gradient g of it: p (g - sum of p g), here in place of g.
-        of_weights *= weights
-        of_scores = of_weights.addcmul_(weights, of_weights.sum(dim=-1, keepdim=True), value=-1).mul_(ctx.scaling)
-        of_queries, of_keys = torch.bmm(of_scores, keys), torch.bmm(of_scores.transpose(1, 2), queries)
+        # PPO runs its backward under autocast, too.
+        with torch.autocast("cpu", enabled=False):
+            of_values = torch.bmm(weights.transpose(1, 2), of_attended)
+            of_weights = torch.bmm(of_attended, values.transpose(1, 2))
+            # Of a softmax p with the gradient g of it: p (g - sum of p g), here in place of g.
+            of_weights *= weights
+            of_scores = of_weights.addcmul_(weights, of_weights.sum(dim=-1, keepdim=True), value=-1).mul_(ctx.scaling)
+            of_queries, of_keys = torch.bmm(of_scores, keys), torch.bmm(of_scores.transpose(1, 2), queries)
         of_query, of_key, of_value = ctx.shapes
         return of_queries.view(of_query), of_keys.view(of_key), of_values.view(of_value), None

@@ -260,7 +260,7 @@ def sampling_memory(
         nonlocal cache_size, kept
         known = {id(weight) for weight in policy.parameters()}
         with ExitStack() as stack:
-            copies = [stand_ins(policy), *([fast_weights(policy, rows=count)] if in_slots else [])]
+            copies = [stand_ins(policy), *([fast_weights(policy, rows=count, keep=False)] if in_slots else [])]
             for copied in copies:
                 stack.enter_context(copied)
                 new_weights = [weight for weight in policy.parameters() if id(weight) not in known]

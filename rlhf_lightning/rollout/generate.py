@@ -110,7 +110,7 @@ def sample_tokens(
             uniform = noise(len(prompt_tokens), max_new_tokens, generator)
             plain = sees_all(policy) and not waits_for_others(policy)
             sample = sample_in_slots if plain else sample_stepwise
-            with fast_weights(policy, rows=len(prompt_tokens)) if plain else nullcontext():
+            with fast_weights(policy, rows=len(prompt_tokens), keep=True) if plain else nullcontext():
                 tokens, logprobs = sample(policy, prompt_tokens, prompt_mask, uniform, **settings)
     # Up to the end of the longest response, and each ended one filled up.
     ended = torch.isin(tokens, stop_tokens)
@@ -122,13 +122,16 @@ def sample_tokens(
     return Sampled(tokens[:, :longest], logprobs[:, :longest])
 
 
-def fast_weights(policy: nn.Module, *, rows: int) -> AbstractContextManager[None]:
-    """Return the block in which the weights are copied to where steps read them fastest."""
-    # Those that were gathered for the rollout are not to be kept.
+def fast_weights(policy: nn.Module, *, rows: int, keep: bool) -> AbstractContextManager[None]:
+    """Return the block in which steps of so many rows read copies of the weights that are faster to read.
+
+    With ``keep`` a GPU keeps the memory of the copies for the next block.
+    """
+    # Sharded weights are whole for the rollout only: a copy would outlive them.
     if is_sharded(policy):
         return nullcontext()
     on_a_gpu = next(policy.parameters()).is_cuda
-    return joined(policy, keep=True) if on_a_gpu else reordered(policy, rows=min(rows, MOST_SLOTS))
+    return joined(policy, keep=keep) if on_a_gpu else reordered(policy, rows=min(rows, MOST_SLOTS))
 
 
 def decode(tokenizer: "PreTrainedTokenizerBase", tokens: Int[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> list[str]:

@@ -12,31 +12,35 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.networks.compiling import is_compiled
+from rlhf_lightning.networks.lora import adapted_layers
 from rlhf_lightning.networks.plain_head import is_watched
 
 SMALLEST = 2**15
-"""Weights of a layer from which on it is worth it."""
+"""Numbers of the smallest weight that is copied: with fewer a call costs more than what is saved."""
 
-TYPES = (torch.float32, torch.bfloat16)
+LARGEST = 2**30
+"""Bytes of all copies together: networks with more would rather have the memory."""
+
+NEEDED = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+"""Operations of torch that its compiler uses for the same: there are no public ones."""
 
 
 @contextmanager
 def reordered(policy: nn.Module, *, rows: int) -> Iterator[None]:
     """Let the linear layers on a CPU make their products, of so many ``rows`` mostly, from reordered copies of weights.
 
-    The copies are made when the block begins. Afterwards the layers are back as they were. Nothing is changed where
-    torch has no oneDNN, where it is switched off (``torch.backends.mkldnn``), and in compiled networks.
+    For use without gradients. The copies are made when the block begins, up to `LARGEST`; afterwards the layers are
+    back as they were. Nothing is changed where torch has no oneDNN, where it is switched off
+    (``torch.backends.mkldnn``), and in compiled networks.
     """
-    found: list[tuple[nn.Module, str, nn.Linear]] = []
-    if _is_at_hand() and not is_compiled(policy):
-        children = ((parent, *child) for parent in policy.modules() for child in parent.named_children())
-        found = [(parent, name, layer) for parent, name, layer in children if _is_worth_it(layer)]
-    for parent, name, layer in found:
-        parent._modules[name] = _Reordered(layer, rows)
+    put_in: list[tuple[nn.Module, str, nn.Linear]] = []
     try:
+        for parent, name, layer in _layers(policy):
+            parent._modules[name] = _Reordered(layer, rows)
+            put_in.append((parent, name, layer))
         yield
     finally:
-        for parent, name, layer in found:
+        for parent, name, layer in put_in:
             parent._modules[name] = layer
 
 
@@ -49,25 +53,39 @@ class _Reordered(nn.Module):
         weight = layer.weight.detach()
         # Not where there are no numbers: the memory of a run is estimated on such tensors.
         self.can_run = type(weight) is Tensor
-        # What inductor reorders weights with, and multiplies by: torch has no public function that does.
         self.copy = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.can_run else weight.clone()
 
     def forward(self, states: Tensor) -> Tensor:
-        if not self.can_run or states.dtype != self.weight.dtype:
+        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else states.dtype
+        if not self.can_run or kind != self.weight.dtype:
             return nn.functional.linear(states, self.weight, self.bias)
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(states, self.copy, self.bias, "none", [], "")
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(states.to(kind), self.copy, self.bias, "none", [], "")
         return made
 
 
+def _layers(policy: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    if not _is_at_hand() or is_compiled(policy):
+        return []
+    # Adapters multiply by their layer's weight themselves.
+    inside = {id(part) for _, _, layer in adapted_layers(policy) for part in layer.modules()}
+    children = ((parent, *child) for parent in policy.modules() for child in parent.named_children())
+    found = [(parent, name, x) for parent, name, x in children if _is_worth_it(x) and id(x) not in inside]
+    return found if sum(layer.weight.nbytes for _, _, layer in found) <= LARGEST else []
+
+
 def _is_at_hand() -> bool:
-    needed = ("_reorder_linear_weight", "_linear_pointwise")
     is_on = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    return is_on and all(hasattr(torch.ops.mkldnn, name) for name in needed)
+    return is_on and all(hasattr(torch.ops.mkldnn, name) for name in NEEDED)
 
 
 def _is_worth_it(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    # A layer with an adapter, or quantised, is of another class.
     if type(layer) is not nn.Linear or is_watched(layer):
         return False
     weight = layer.weight
-    return weight.device.type == "cpu" and weight.dtype in TYPES and weight.numel() >= SMALLEST
+    return weight.device.type == "cpu" and weight.numel() >= SMALLEST and _can_multiply(weight.dtype)
+
+
+def _can_multiply(kind: torch.dtype) -> bool:
+    if kind == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return kind == torch.float32

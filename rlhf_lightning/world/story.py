@@ -12,6 +12,10 @@ from rlhf_lightning.jsonl import write_rows
 from rlhf_lightning.world.corpus import demonstrations, prompts, raw_text
 from rlhf_lightning.world.instructions import Instruction, split
 from rlhf_lightning.world.judge import ceiling, label
+from rlhf_lightning.world.topics import Register
+
+RARE: Register = "technical"
+"""The register that few audiences want."""
 
 Row = Mapping[str, Any]
 
@@ -79,7 +83,7 @@ def write_comparisons(folder: Path, world: World, sample: Sampler, *, seed: int)
     judge without noise agrees with, which is the most that a reward model can reach.
     """
     train, held_out = split(seed)
-    rare = [instruction for instruction in train if instruction.register == "technical"]
+    rare = [instruction for instruction in train if instruction.register == RARE]
     asked = {
         "comparisons": list(islice(cycle(shuffled([*train, *rare], seed)), world.comparisons)),
         "comparisons_held_out": list(islice(cycle(shuffled(held_out, seed)), world.held_out_comparisons)),

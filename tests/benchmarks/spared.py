@@ -60,12 +60,17 @@ def works(size: dict[str, Any]) -> dict[str, tuple[Callable[[], float], Callable
     mask = place < lengths
     ends, responses = place == lengths - 1, mask & (place >= lengths // 2)
 
-    short_tokens, short_mask = torch.randint(2, 1024, (64, 60)), torch.arange(60) < torch.randint(12, 61, (64, 1))
+    short = (torch.randint(2, 1024, (64, 60)), torch.arange(60) < torch.randint(12, 61, (64, 1)))
 
-    def work(network: Any, kept: Tensor, read: Tensor | None, using: Any = nullcontext) -> Callable[[], float]:
+    def work(
+        network: Any,
+        kept: Tensor,
+        read: Tensor | None,
+        using: Any = nullcontext,
+        given: tuple[Tensor, Tensor] = (tokens, mask),
+    ) -> Callable[[], float]:
         def once() -> float:
             network.zero_grad()
-            given = (short_tokens, short_mask) if kept is short_mask else (tokens, mask)
             with using(network):
                 loss = last_states(network, *given, read=read)[kept].square().mean()
                 loss.backward()
@@ -77,7 +82,10 @@ def works(size: dict[str, Any]) -> dict[str, tuple[Callable[[], float], Callable
         "scores": (work(body, ends, None), work(body, ends, ends)),
         "responses": (work(body, responses, None), work(body, responses, responses)),
         "adapters": (work(adapted, mask, None, with_layers_of_peft), work(adapted, mask, None)),
-        "short sequences": (work(body, short_mask, None, with_attention_of_torch), work(body, short_mask, None)),
+        "short sequences": (
+            work(body, short[1], None, with_attention_of_torch, given=short),
+            work(body, short[1], None, given=short),
+        ),
     }
 
 

@@ -73,13 +73,15 @@ PACKED: dict[str, Callable[[], Packed]] = {
 }
 
 
-@pytest.fixture(params=["together", "in groups", "of torch"], autouse=True)
+@pytest.fixture(params=["together", "in groups", "of torch", "in groups of torch", "both ways"], autouse=True)
 def groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let sequences as short as these attend in groups, too, and by torch's attention."""
-    if request.param == "in groups":
+    if request.param in ("in groups", "in groups of torch", "both ways"):
         monkeypatch.setattr(length_groups, "WORTH", 1)
-    if request.param == "of torch":
+    if request.param in ("of torch", "in groups of torch"):
         monkeypatch.setattr(by_sequence, "LONGEST", 0)
+    if request.param == "both ways":
+        monkeypatch.setattr(by_sequence, "LONGEST", 4)
 
 
 # Llama's norms are computed in float32 whatever the network is in.
@@ -144,12 +146,25 @@ def test_attention_of_16_bits_is_computed_in_float32_on_a_cpu() -> None:
     half = [torch.randn(1, 4, 15, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     whole = [states.detach().float().requires_grad_() for states in half]
     weights = torch.randn(1, 15, 4, 8).bfloat16()
+    expected, _ = attend_by_sequence(torch.nn.Module(), *whole, None, sequences=sequences)
     with torch.autocast("cpu", torch.bfloat16):
         found, _ = attend_by_sequence(torch.nn.Module(), *half, None, sequences=sequences)
-    expected, _ = attend_by_sequence(torch.nn.Module(), *whole, None, sequences=sequences)
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, expected.bfloat16())
-    for attended in (found, expected):
-        (attended * weights).sum().backward()
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, expected.bfloat16())
+        # PPO's backward, too, is within.
+        (found * weights).sum().backward()
+    (expected * weights).sum().backward()
     for one, other in zip(half, whole, strict=True):
         assert torch.equal(one.grad, other.grad.bfloat16())
+
+
+def test_dropout_of_attention_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    with reading(llama(), pack(*padded([3, 2]), in_one_row=True)) as how:
+        sequences = how["sequences"]
+    states = [torch.randn(1, 4, 5, 8) for _ in range(3)]
+    found, _ = attend_by_sequence(torch.nn.Module(), *states, None, sequences=sequences, dropout=0.9)
+    whole, _ = attend_by_sequence(torch.nn.Module(), *states, None, sequences=sequences)
+    # Of the first token nothing but its own value is read: whole, or dropped.
+    assert not torch.allclose(found, whole)
+    assert set((found[0, 0] / whole[0, 0]).round(decimals=3).unique().tolist()) <= {0.0, 10.0}

@@ -37,6 +37,20 @@ def test_where_little_is_spared_the_order_is_kept(lengths: list[int]) -> None:
     assert found.first.tolist() == [max(lengths) * i for i in range(len(lengths))]
 
 
+def test_a_sequence_without_tokens_is_one_of_padding() -> None:
+    found = group_by_length(torch.tensor([50, 0]))
+    assert found.shapes == ((1, 50), (1, 1))
+
+
+def test_elsewhere_all_are_in_one_group() -> None:
+    lengths = torch.tensor([50, 50, 50, 5], device="meta")
+    with pytest.MonkeyPatch.context() as patch:
+        # No device but the CPU is here: a length that can be read, and no more.
+        patch.setattr(torch.Tensor, "max", lambda _: 50)
+        found = group_by_length(lengths)
+    assert found.shapes == ((4, 50),)
+
+
 def test_a_group_begins_where_it_spares_enough() -> None:
     """80 of 100 tokens are short enough; 100^2 - 80^2 = 3600 pairs are worth it, and 50^2 - 40^2 = 900 are not."""
     assert length_groups.WORTH < 3600

@@ -42,3 +42,11 @@ def test_no_token_attends_to_one_behind_it() -> None:
     after = attend_short(query, key, value, scaling=1.0)
     assert torch.equal(before[:, :, :4], after[:, :, :4])
     assert not torch.equal(before[:, :, 4:], after[:, :, 4:])
+
+
+def test_it_has_no_second_derivatives() -> None:
+    given = (states(2), states(2), states(2))
+    weighted = (attend_short(*given, scaling=1.0) * states(2)).sum()
+    (first,) = torch.autograd.grad(weighted, given[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
