@@ -5,8 +5,10 @@ from weakref import ref
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhf_lightning.rollout import joined as own
+from rlhf_lightning.rollout.generate import fast_weights
 from rlhf_lightning.rollout.joined import joined
 
 TOKENS = torch.randint(2, 258, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -141,3 +143,12 @@ def test_weights_of_another_shape_are_joined_anew() -> None:
             expected = nn.functional.linear(states, gated.up_proj.weight[-size:], gated.up_proj.bias[-size:])
             gated.gate_proj(states)
             torch.testing.assert_close(gated.up_proj(states), expected)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_estimate_on_a_gpu_without_numbers_keeps_no_copy(keep: bool) -> None:
+    with FakeTensorMode(), torch.device("cuda"):
+        gated = Gated()
+        with fast_weights(gated, rows=3, keep=keep):
+            assert type(gated.gate_proj) is own._First
+    assert (gated in own._kept) == keep
