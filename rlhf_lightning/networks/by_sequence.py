@@ -158,7 +158,7 @@ def attend_by_sequence(
             _attend(module, *_of_heads(part, shape, heads), **kwargs).flatten(0, 1)
             for part, shape in zip(spread.split(groups.sizes), groups.shapes, strict=True)
         ]
-    by_token = torch.cat(attended)
+    by_token = attended[0] if len(attended) == 1 else torch.cat(attended)
     if is_on_cpu:
         by_token = by_token.to(query.dtype)
     collected: Tensor = _Collect.apply(by_token.flatten(1), sequences)

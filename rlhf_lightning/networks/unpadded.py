@@ -88,7 +88,7 @@ def one_row(lengths: Int[Tensor, " B"]) -> "Sequences":
     from rlhf_lightning.networks.length_groups import group_by_length
 
     groups = group_by_length(lengths)
-    longest = int(groups.padded.max())
+    longest = max(length for _, length in groups.shapes)
     number, is_numbered = groups.numbers(longest)
     time = torch.arange(longest, device=lengths.device)
     kept = time < lengths.unsqueeze(1)

@@ -6,14 +6,13 @@ they are read as to multiply. In a rollout the same weights are read many times.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.networks.compiling import is_compiled
-from rlhf_lightning.networks.lora import adapted_layers
 from rlhf_lightning.networks.plain_head import is_watched
+from rlhf_lightning.rollout.stand_ins import plain_layers
 
 SMALLEST = 2**15
 """Numbers of the smallest weight that is copied: with fewer a call costs more than what is saved."""
@@ -67,9 +66,7 @@ def _layers(policy: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
     if not _is_at_hand() or is_compiled(policy):
         return []
     # Adapters multiply by their layer's weight themselves.
-    inside = {id(part) for _, _, layer in adapted_layers(policy) for part in layer.modules()}
-    children = ((parent, *child) for parent in policy.modules() for child in parent.named_children())
-    found = [(parent, name, x) for parent, name, x in children if _is_worth_it(x) and id(x) not in inside]
+    found = [(parent, name, layer) for parent, name, layer in plain_layers(policy) if _is_worth_it(layer)]
     return found if sum(layer.weight.nbytes for _, _, layer in found) <= LARGEST else []
 
 
@@ -78,11 +75,10 @@ def _is_at_hand() -> bool:
     return is_on and all(hasattr(torch.ops.mkldnn, name) for name in NEEDED)
 
 
-def _is_worth_it(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    if type(layer) is not nn.Linear or is_watched(layer):
-        return False
+def _is_worth_it(layer: nn.Linear) -> bool:
     weight = layer.weight
-    return weight.device.type == "cpu" and weight.numel() >= SMALLEST and _can_multiply(weight.dtype)
+    is_large = weight.device.type == "cpu" and weight.numel() >= SMALLEST
+    return is_large and not is_watched(layer) and _can_multiply(weight.dtype)
 
 
 def _can_multiply(kind: torch.dtype) -> bool:

@@ -24,7 +24,7 @@ def stand_ins(policy: nn.Module, *, keep: bool = False) -> Iterator[None]:
     """
     replaced = [
         (parent, name, layer, weight)
-        for parent, name, layer in _linear_layers(policy)
+        for parent, name, layer in [*adapted_layers(policy), *plain_layers(policy)]
         if (weight := _weight(layer)) is not None
     ]
     for parent, name, layer, weight in replaced:
@@ -36,16 +36,15 @@ def stand_ins(policy: nn.Module, *, keep: bool = False) -> Iterator[None]:
             parent._modules[name] = layer
 
 
-def _linear_layers(policy: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    adapted = list(adapted_layers(policy))
-    inside = {id(part) for _, _, layer in adapted for part in layer.modules()}
-    plain = [
+def plain_layers(network: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Return each linear layer that is no part of a layer with an adapter, its parent, and its name there."""
+    inside = {id(part) for _, _, layer in adapted_layers(network) for part in layer.modules()}
+    return [
         (parent, name, layer)
-        for parent in policy.modules()
+        for parent in network.modules()
         for name, layer in parent.named_children()
         if type(layer) is nn.Linear and id(layer) not in inside
     ]
-    return adapted + plain
 
 
 def _weight(layer: Any) -> Tensor | None:

@@ -146,7 +146,7 @@ def test_weights_of_another_shape_are_joined_anew() -> None:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_an_estimate_on_a_gpu_without_numbers_keeps_no_copy(keep: bool) -> None:
+def test_a_copy_without_numbers_as_an_estimate_makes_is_kept_only_where_it_is_asked_for(keep: bool) -> None:
     with FakeTensorMode(), torch.device("cuda"):
         gated = Gated()
         with fast_weights(gated, rows=3, keep=keep):

@@ -62,9 +62,10 @@ def test_weights_that_changed_are_read_anew(network: Any) -> None:
     with torch.no_grad():
         for weight in network.parameters():
             weight.mul_(1.5)
-    with reordered(network, rows=3):
+    fresh = deepcopy(network)
+    with reordered(network, rows=3), reordered(fresh, rows=3):
         second = logits(network)
-    torch.testing.assert_close(second, logits(network), rtol=1e-4, atol=1e-4)
+        assert torch.equal(second, logits(fresh))
     assert not torch.allclose(first, second)
 
 
@@ -147,9 +148,8 @@ def test_nothing_is_reordered_where_onednn_is_switched_off(network: Any, monkeyp
 
 
 @needs_onednn
-def test_the_sampler_reads_reordered_weights(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sampler_reads_reordered_weights(network: Any) -> None:
     seen = []
-    network.lm_head.register_forward_pre_hook(lambda *_: None)  # Watched: stays, and is where we look.
     network.model.register_forward_pre_hook(lambda *_: seen.append(kinds(network).count("_Reordered")))
     sample_tokens(
         network,
@@ -161,4 +161,4 @@ def test_the_sampler_reads_reordered_weights(network: Any, monkeypatch: pytest.M
         generator=torch.Generator().manual_seed(0),
     )
     # The prompts and one step.
-    assert seen[-2:] == [14, 14]
+    assert seen[-2:] == [15, 15]
