@@ -22,7 +22,7 @@ from rlhf_lightning.preflight.memory import Estimate, RoleMemory, cublas_bytes, 
 from rlhf_lightning.rollout.draw import draw
 from rlhf_lightning.rollout.experience import MicroBatch
 from rlhf_lightning.rollout.generate import Sampler, fast_weights
-from rlhf_lightning.rollout.in_slots import MOST_SLOTS, READ_AT_ONCE, read_prompts
+from rlhf_lightning.rollout.in_slots import READ_AT_ONCE, read_prompts, slots_of
 from rlhf_lightning.rollout.recording import room_for
 from rlhf_lightning.rollout.reward import ModelReward, Reward
 from rlhf_lightning.rollout.score import score_rows
@@ -236,7 +236,7 @@ def sampling_memory(
     """
     network: Any = policy
     in_slots = sampler == "builtin" and sees_all(policy)
-    count = min(sequences, MOST_SLOTS)
+    count = slots_of(sequences, device)
     at_once = min(count, max(1, READ_AT_ONCE // prompt)) if in_slots else sequences
     rows = torch.arange(at_once, device=device)
     mask = _padded(len(rows), prompt, device)

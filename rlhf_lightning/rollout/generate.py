@@ -14,7 +14,7 @@ from rlhf_lightning.networks.modes import evaluating
 from rlhf_lightning.networks.sharding import is_sharded, waits_for_others
 from rlhf_lightning.rollout.by_transformers import sample_by_transformers
 from rlhf_lightning.rollout.draw import noise
-from rlhf_lightning.rollout.in_slots import MOST_SLOTS, sample_in_slots
+from rlhf_lightning.rollout.in_slots import sample_in_slots, slots_of
 from rlhf_lightning.rollout.joined import joined
 from rlhf_lightning.rollout.reordered import reordered
 from rlhf_lightning.rollout.stand_ins import stand_ins
@@ -130,8 +130,8 @@ def fast_weights(policy: nn.Module, *, rows: int, keep: bool) -> AbstractContext
     # Sharded weights are whole for the rollout only: a copy would outlive them.
     if is_sharded(policy):
         return nullcontext()
-    on_a_gpu = next(policy.parameters()).is_cuda
-    return joined(policy, keep=keep) if on_a_gpu else reordered(policy, rows=min(rows, MOST_SLOTS))
+    device = next(policy.parameters()).device
+    return joined(policy, keep=keep) if device.type == "cuda" else reordered(policy, rows=slots_of(rows, device))
 
 
 def decode(tokenizer: "PreTrainedTokenizerBase", tokens: Int[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> list[str]:

@@ -13,14 +13,19 @@ from rlhf_lightning.rollout.draw import require_finite
 from rlhf_lightning.rollout.recording import recorder_of
 from rlhf_lightning.rollout.slots import Slots
 
-MOST_SLOTS = 512
-"""Responses that run at once; more wait until others have ended."""
+MOST_SLOTS = {"cpu": 768, "cuda": 512}
+"""Responses that run at once, on a CPU and elsewhere; more wait until others have ended."""
 
 READ_AT_ONCE = 4096
 """Tokens of prompts, padding included, in one forward."""
 
 STILL_FULL = 0.75
 """Share of slots still running below which others are let in, or where nothing waits, the free ones are left out."""
+
+
+def slots_of(rows: int, device: torch.device) -> int:
+    """Return how many responses of a rollout run at once."""
+    return min(rows, MOST_SLOTS["cpu" if device.type == "cpu" else "cuda"])
 
 
 def sample_in_slots(
@@ -75,7 +80,7 @@ class _Sampling:
         self.response = prompt_tokens.new_zeros(rows, self.longest)
         self.logprobs = torch.zeros(0)
         self.waiting = list(range(rows))
-        self.occupants: list[int | None] = [None] * min(rows, MOST_SLOTS)
+        self.occupants: list[int | None] = [None] * slots_of(rows, prompt_tokens.device)
         self.next = [0] * len(self.occupants)
         """Where the newest token of each slot stands while it runs."""
         self.recorder = recorder_of(policy, prompt_tokens.device)
@@ -163,6 +168,8 @@ class _Sampling:
         slots, rows = (list(numbers) for numbers in zip(*ended, strict=True))
         self.response[rows] = self.slots.response[slots]
         self.logprobs[rows] = self.slots.logprobs[slots]
+        # Each step writes into free slots, too: at a place that is there, however little room the others need.
+        self.slots.positions[slots] = 0
         for slot in slots:
             self.occupants[slot] = None
             self.next[slot] = 0

@@ -84,6 +84,12 @@ class SlotLayer(CacheLayerMixin):
         for all_states in (self.all_keys, self.all_values):
             all_states[: len(kept)] = all_states[kept]
 
+    def resize(self, slots: int, capacity: int) -> None:
+        """Leave the first slots, and give each of them room for so many tokens."""
+        more = (0, 0, 0, capacity - self.get_max_length())
+        self.all_keys = nn.functional.pad(self.all_keys[:slots], more)
+        self.all_values = nn.functional.pad(self.all_values[:slots], more)
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: there is room from the start."""
 
@@ -139,8 +145,8 @@ def attend_from_one_token(
     packed = query.reshape(rows, key.shape[1], heads // key.shape[1], size).to(key)
     if query.device.type == "cpu":
         # Its fused kernel takes up to twice as long for one token.
-        scores = packed @ key.transpose(2, 3) * scaling
-        scores = scores if attention_mask is None else scores + attention_mask
+        scores = packed * scaling @ key.transpose(2, 3)
+        scores = scores if attention_mask is None else scores.add_(attention_mask)
         attended = torch.softmax(scores, dim=-1, dtype=at_least_float32(scores[:0]).dtype).to(value) @ value
     else:
         attended = scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
@@ -162,8 +168,8 @@ class SlotCache(Cache):
 class Slots:
     """What is sampled at once: for each slot its cache, its newest token, its noise, and what was drawn so far.
 
-    All tensors stay where they are, and a step waits for nothing, so that it can be recorded. Of each tensor the first
-    slots are in use.
+    All tensors stay where they are until `resize` makes new ones, and a step waits for nothing, so that it can be recorded.
+    Of each tensor the first slots are in use.
     """
 
     def __init__(
@@ -171,7 +177,7 @@ class Slots:
     ) -> None:
         """Make room for responses of ``longest`` tokens, and caches like one that has been filled."""
         device = stop_tokens.device
-        self.temperature, self.stop_tokens, self.longest, self.capacity = temperature, stop_tokens, longest, capacity
+        self.temperature, self.stop_tokens, self.longest = temperature, stop_tokens, longest
         self.layers = [SlotLayer(layer, slots=count, capacity=capacity) for layer in like.layers]
         self.cache = SlotCache(self.layers)
         self.tokens = torch.zeros(count, dtype=torch.long, device=device)
@@ -182,6 +188,11 @@ class Slots:
         kind = torch.promote_types(self.layers[0].all_keys.dtype, torch.float32)
         self.logprobs = torch.zeros(count, longest, dtype=kind, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each slot has room for."""
+        return self.layers[0].get_max_length()
 
     @property
     def cache_bytes(self) -> int:
@@ -210,6 +221,11 @@ class Slots:
             and torch.equal(stop_tokens, self.stop_tokens)
         )
 
+    def resize(self, in_use: int, capacity: int) -> None:
+        """Leave the first ``in_use`` slots, with room for so many tokens."""
+        for layer in self.layers:
+            layer.resize(in_use, capacity)
+
     def clear(self) -> None:
         """Leave nothing running."""
         self.running.fill_(False)
@@ -230,6 +246,8 @@ class Slots:
         Prompt ``which[i]`` of the cache goes to slot ``slots[i]``; ``order`` (prompts, P) has its real columns first,
         ``lengths[i]`` of them; ``uniform`` is its noise (N, tokens, 2), ``logits`` (N, V) are those behind it.
         """
+        if order.shape[1] > self.capacity:
+            self.resize(len(self.tokens), order.shape[1])
         for ours, theirs in zip(self.layers, cache.layers, strict=True):
             ours.fill(slots, theirs, which, order)
         self.positions[slots] = lengths - 1

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_lightning.rollout.slots import Slots
 from rlhf_lightning.types import PromptBatch
 
 MANY = [[5, 9, 7, 30, 2], [8, 4], [40, 41, 42], [77], [60, 61, 62, 63], [9, 9, 9], [12, 13], [8, 4], [91, 33, 21, 7]]
@@ -31,10 +32,34 @@ def test_prompts_that_wait_for_a_slot_get_the_response_that_they_would_get_at_on
     expected = sample(network, batch, stops, temperature=temperature)
     lengths = [next((i for i, t in enumerate(row) if t in stops), 99) for row in expected.tolist()]
     assert len(set(lengths)) > 3
-    for slots, at_once in ((1, 4096), (2, 4096), (4, 5), (5, 1)):
-        monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", slots)
+    for slots, at_once, grows_by in ((1, 4096, 16), (2, 4096, 1), (4, 5, 2), (5, 1, 1)):
+        monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", {"cpu": slots})
         monkeypatch.setattr("rlhf_lightning.rollout.in_slots.READ_AT_ONCE", at_once)
+        monkeypatch.setattr("rlhf_lightning.rollout.recording.GROWS_BY", grows_by)
         assert torch.equal(sample(network, batch, stops, temperature=temperature), expected)
+
+
+def test_on_a_cpu_slots_have_room_for_little_more_than_they_hold(
+    policy: Callable[..., Any], prompts: Callable[..., PromptBatch], monkeypatch: pytest.MonkeyPatch, sample: Any
+) -> None:
+    """It follows the longest response, up and down, and never passes the longest that can be."""
+    seen: list[tuple[int, int]] = []
+    step = Slots.step
+
+    def watched(slots: Slots, network: Any, in_use: int, span: int) -> None:
+        keys = slots.layers[0].all_keys
+        seen.append((int(slots.positions[slots.running].max()) + 1, keys.shape[2]))
+        assert span == keys.shape[2]
+        assert len(keys) >= in_use
+        step(slots, network, in_use, span)
+
+    monkeypatch.setattr(Slots, "step", watched)
+    monkeypatch.setattr("rlhf_lightning.rollout.recording.GROWS_BY", 4)
+    monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", {"cpu": 2})
+    # Twelve tokens behind a prompt of nine, and then behind a prompt of one.
+    sample(policy(), prompts([[7] * 9, [7] * 9, [8], [8]]), NEVER)
+    assert [room for _, room in seen] == [12] * 3 + [16] * 4 + [20] * 4 + [4] * 3 + [8] * 4 + [12] * 4
+    assert all(needed <= room for needed, room in seen)
 
 
 def test_no_more_rows_than_there_are_slots_run_at_once(
@@ -44,7 +69,7 @@ def test_no_more_rows_than_there_are_slots_run_at_once(
     sample: Callable[..., Tensor],
 ) -> None:
     network, calls = policy(), []
-    monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", 4)
+    monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", {"cpu": 4})
     network.register_forward_pre_hook(lambda _, __, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
     sample(network, prompts(MANY), NEVER)
     # Three readings of prompts, each followed by eleven steps: 4, 4 and 1 of the nine.
