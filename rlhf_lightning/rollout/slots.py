@@ -168,8 +168,8 @@ class SlotCache(Cache):
 class Slots:
     """What is sampled at once: for each slot its cache, its newest token, its noise, and what was drawn so far.
 
-    All tensors stay where they are until `resize` makes new ones, and a step waits for nothing, so that it can be recorded.
-    Of each tensor the first slots are in use.
+    All tensors stay where they are until `resize` makes new ones, and a step waits for nothing, so that it can be
+    recorded. Of each tensor the first slots are in use.
     """
 
     def __init__(

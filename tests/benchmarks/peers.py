@@ -32,6 +32,9 @@ SIZES = {
     "a": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "vocab_size": 4096},
     "b": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "vocab_size": 8192},
 }
+FAST, SLOW = 3e-6, 3e-8
+"""Learning rates. Weights that end a response with a given probability do so no longer after some faster updates, and
+the ways would have responses of other lengths."""
 FIRST = {"b": {"learning_rate": 3e-7}}
 """Settings of the check: in so large a network the ratio of a token that is next to impossible grows so fast that
 rounding shows."""
@@ -111,9 +114,14 @@ def main() -> None:
         "responses_only": arguments.responses_only,
         "epochs": 4,
         "micro_batch": 8,
-        "learning_rate": 3e-6,
+        "learning_rate": SLOW if arguments.end else FAST,
         # One micro-batch: TRL's means of PPO are those of a micro-batch.
-        "first": {"epochs": 2, "micro_batch": arguments.batch or 32, **FIRST.get(arguments.size, {})},
+        "first": {
+            "epochs": 2,
+            "micro_batch": arguments.batch or 32,
+            "learning_rate": FAST,
+            **FIRST.get(arguments.size, {}),
+        },
     }
     python = peers_python(TRL[stage], arguments.environments)
     theirs = {name: way for name, way in THEIRS[stage].items() if python or way.get("plain")}

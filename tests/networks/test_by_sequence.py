@@ -19,7 +19,7 @@ from transformers import (
     MistralModel,
 )
 
-from rlhf_lightning.networks import by_sequence, length_groups
+from rlhf_lightning.networks import block_attention, by_sequence, length_groups
 from rlhf_lightning.networks.by_sequence import BY_SEQUENCE, attend_by_sequence, attends_by_sequence
 from rlhf_lightning.networks.checkpointing import checkpoint_blocks
 from rlhf_lightning.networks.packing import Packed, last_hidden_state, pack, reading
@@ -73,15 +73,22 @@ PACKED: dict[str, Callable[[], Packed]] = {
 }
 
 
-@pytest.fixture(params=["together", "in groups", "of torch", "in groups of torch", "both ways"], autouse=True)
+WAYS = ["together", "in groups", "of torch", "in groups of torch", "both ways", "in blocks", "in groups of blocks"]
+
+
+@pytest.fixture(params=WAYS, autouse=True)
 def groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let sequences as short as these attend in groups, too, and by torch's attention."""
-    if request.param in ("in groups", "in groups of torch", "both ways"):
+    """Let sequences as short as these attend in groups, too, and by torch's attention or in blocks."""
+    if "groups" in request.param or request.param == "both ways":
         monkeypatch.setattr(length_groups, "WORTH", 1)
-    if request.param in ("of torch", "in groups of torch"):
+    if "torch" in request.param or "blocks" in request.param:
         monkeypatch.setattr(by_sequence, "LONGEST", 0)
     if request.param == "both ways":
         monkeypatch.setattr(by_sequence, "LONGEST", 4)
+    if "blocks" in request.param:
+        for lengths in ("ALONE", "SHARED"):
+            monkeypatch.setattr(block_attention, lengths, range(1, 100))
+        monkeypatch.setattr(block_attention, "ROWS", 2)
 
 
 # Llama's norms are computed in float32 whatever the network is in.
