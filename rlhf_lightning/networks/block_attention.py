@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhf_lightning.networks.short_attention import of_scores
+from rlhf_lightning.networks.short_attention import softmax_gradient_
 
 ROWS = 64
 """Tokens of a block at most."""
 
 AT_ONCE = 2**19
-"""Weights of attention at once: as many as stay in the cache of a core."""
+"""Weights of attention at once: more are no longer in a cache when they are read again, fewer take more calls."""
 
 ALONE = range(257, 513)
-"""Tokens of sequences for which this is faster than torch's attention where each head has keys of its own."""
+"""Tokens of sequences for which this is faster than torch's attention, forward and backward, on one thread and on two,
+where each head has keys of its own."""
 
 SHARED = range(65, 1025)
 """The same where heads share keys: torch's attention reads a copy of them for each head."""
@@ -73,7 +74,8 @@ class _Attention(torch.autograd.Function):
                 weights = _weights(rows, seen, ctx.scaling)
                 of_block = of_attended[some, :, start:end].flatten(1, 2)
                 of_values[some, :end].baddbmm_(weights.transpose(1, 2), of_block)
-                changes = of_scores(weights, torch.bmm(of_block, values[some, :end].transpose(1, 2))).mul_(ctx.scaling)
+                of_weights = torch.bmm(of_block, values[some, :end].transpose(1, 2))
+                changes = softmax_gradient_(weights, of_weights).mul_(ctx.scaling)
                 of_queries[some, :, start:end] = torch.bmm(changes, seen).view_as(rows)
                 of_keys[some, :end].baddbmm_(changes.transpose(1, 2), rows.flatten(1, 2))
         of_query, of_key, of_value = ctx.shapes
@@ -81,7 +83,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _blocks(queries: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """Yield which keys of (N, heads, T, size) are read, and start and end of the rows that read them."""
+    """Yield, of queries (N, heads, T, size), some of N, and start and end of a block of their rows."""
     number, heads, length = queries.shape[:3]
     rows = -(-length // -(-length // ROWS))
     at_once = max(1, AT_ONCE // (heads * rows * length))

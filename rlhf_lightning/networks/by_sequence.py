@@ -186,14 +186,15 @@ def _attend(
 ) -> Tensor:
     """Attend within sequences, by queries, keys and values (B, heads, T, size); returns (B, T, heads, size)."""
     is_plain = not dropout and is_causal in (None, True) and all(kwargs.get(name) is None for name in BESIDES)
-    if query.device.type == "cpu" and is_plain and (own := _own_way(query, key)) is not None:
+    own = _own_way(query, key) if query.device.type == "cpu" and is_plain else None
+    if own is not None:
         return own(query, key, value, scaling=query.shape[3] ** -0.5 if scaling is None else scaling).transpose(1, 2)
     told = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, **kwargs}
     return sdpa_attention_forward(module, query, key, value, None, **told)[0]
 
 
 def _own_way(query: Tensor, key: Tensor) -> Callable[..., Tensor] | None:
-    """Return what is faster on a CPU than torch's attention."""
+    """Return what is faster on a CPU than torch's attention, None where nothing is."""
     if query.shape[2] <= LONGEST:
         return attend_short
     return attend_in_blocks if suits_blocks(query, key) else None

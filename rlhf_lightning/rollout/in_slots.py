@@ -13,8 +13,8 @@ from rlhf_lightning.rollout.draw import require_finite
 from rlhf_lightning.rollout.recording import recorder_of
 from rlhf_lightning.rollout.slots import Slots
 
-MOST_SLOTS = {"cpu": 768, "cuda": 512}
-"""Responses that run at once, on a CPU and elsewhere; more wait until others have ended."""
+MOST_SLOTS = {"cpu": 768, "elsewhere": 512}
+"""Responses that run at once; more wait until others have ended."""
 
 READ_AT_ONCE = 4096
 """Tokens of prompts, padding included, in one forward."""
@@ -25,7 +25,7 @@ STILL_FULL = 0.75
 
 def slots_of(rows: int, device: torch.device) -> int:
     """Return how many responses of a rollout run at once."""
-    return min(rows, MOST_SLOTS["cpu" if device.type == "cpu" else "cuda"])
+    return min(rows, MOST_SLOTS["cpu" if device.type == "cpu" else "elsewhere"])
 
 
 def sample_in_slots(
@@ -93,7 +93,8 @@ class _Sampling:
             self._close_up()
             for _ in range(self.recorder.steps_unseen if self._some_run() else 0):
                 self.recorder.step(self.policy, self.slots, len(self.occupants), max(self.next) + 1)
-                self.next = [position + 1 for position in self.next]
+                taken = zip(self.next, self.occupants, strict=True)
+                self.next = [0 if row is None else place + 1 for place, row in taken]
             self._let_out()
 
     def _some_run(self) -> bool:
@@ -105,7 +106,8 @@ class _Sampling:
         if len(self.occupants) - len(free) > STILL_FULL * len(self.occupants):
             return
         rows, self.waiting = self.waiting[: len(free)], self.waiting[len(free) :]
-        for part in self._readings(rows):
+        # The longest first, for which room is made once.
+        for part in reversed(list(self._readings(rows))):
             into, free = free[: len(part)], free[len(part) :]
             self._read(part, into)
         if rows:

@@ -22,10 +22,10 @@ SPAN = 128
 """How far a recorded step looks is a multiple of this, so that not each length needs a recording."""
 
 GROWS_BY = 16
-"""Tokens for which the slots on a CPU get room at once, or an eighth of those that there are."""
+"""Tokens by which the room of a slot on a CPU grows, or an eighth of those that it needs where that is more."""
 
 SHRINKS_BELOW = 0.75
-"""Share of a slot's room that must be in use on a CPU; with less it becomes smaller."""
+"""Share of the room of a slot on a CPU: where less would do, it becomes smaller."""
 
 _recorders: "WeakKeyDictionary[nn.Module, Recorder]" = WeakKeyDictionary()
 
@@ -61,21 +61,17 @@ class OneByOne:
 
     steps_unseen = 1
 
-    def __init__(self) -> None:
-        """Start without slots."""
-        self._most = 0
-
     def slots(self, policy: nn.Module, like: Any, **sizes: Any) -> Slots:
         """Return new slots, with room for what has been read."""
-        self._most = sizes["capacity"]
-        return Slots(like, **{**sizes, "capacity": like.get_seq_length()})
+        return Slots(like, room=like.get_seq_length(), **sizes)
 
     def step(self, policy: nn.Module, slots: Slots, in_use: int, span: int) -> None:
         """Make a step."""
-        if not SHRINKS_BELOW * slots.capacity <= span <= slots.capacity:
-            grain = max(GROWS_BY, span // 8)
-            slots.resize(in_use, min(-(-span // grain) * grain, self._most))
-        slots.step(policy, in_use, slots.capacity)
+        grain = max(GROWS_BY, span // 8)
+        room = min(-(-span // grain) * grain, slots.capacity)
+        if span > slots.room or room < SHRINKS_BELOW * slots.room:
+            slots.resize(in_use, room)
+        slots.step(policy, in_use, slots.room)
 
     def usual(self, kept: list[int], in_use: int) -> list[int]:
         """Return the slots that are kept."""

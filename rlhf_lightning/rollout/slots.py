@@ -1,4 +1,4 @@
-"""Responses that are sampled at once, each in a slot: their cache and tokens, in tensors that stay where they are.
+"""Responses that are sampled at once, each in a slot: their cache and tokens.
 
 `transformers` lets a cache and a way to attend be put in from outside; both are here, made for one new token a row.
 """
@@ -173,12 +173,23 @@ class Slots:
     """
 
     def __init__(
-        self, like: Any, *, count: int, capacity: int, longest: int, temperature: float, stop_tokens: Tensor
+        self,
+        like: Any,
+        *,
+        count: int,
+        capacity: int,
+        longest: int,
+        temperature: float,
+        stop_tokens: Tensor,
+        room: int | None = None,
     ) -> None:
-        """Make room for responses of ``longest`` tokens, and caches like one that has been filled."""
+        """Make room for responses of ``longest`` tokens, and caches like one that has been filled.
+
+        A slot takes up to ``capacity`` tokens; with ``room`` it has room for so many at first.
+        """
         device = stop_tokens.device
-        self.temperature, self.stop_tokens, self.longest = temperature, stop_tokens, longest
-        self.layers = [SlotLayer(layer, slots=count, capacity=capacity) for layer in like.layers]
+        self.temperature, self.stop_tokens, self.longest, self.capacity = temperature, stop_tokens, longest, capacity
+        self.layers = [SlotLayer(layer, slots=count, capacity=room or capacity) for layer in like.layers]
         self.cache = SlotCache(self.layers)
         self.tokens = torch.zeros(count, dtype=torch.long, device=device)
         self.positions, self.drawn = torch.zeros_like(self.tokens), torch.zeros_like(self.tokens)
@@ -190,8 +201,8 @@ class Slots:
         self.finite = torch.ones((), dtype=torch.bool, device=device)
 
     @property
-    def capacity(self) -> int:
-        """Tokens that each slot has room for."""
+    def room(self) -> int:
+        """Tokens that each slot has room for now."""
         return self.layers[0].get_max_length()
 
     @property
@@ -221,10 +232,10 @@ class Slots:
             and torch.equal(stop_tokens, self.stop_tokens)
         )
 
-    def resize(self, in_use: int, capacity: int) -> None:
+    def resize(self, in_use: int, room: int) -> None:
         """Leave the first ``in_use`` slots, with room for so many tokens."""
         for layer in self.layers:
-            layer.resize(in_use, capacity)
+            layer.resize(in_use, room)
 
     def clear(self) -> None:
         """Leave nothing running."""
@@ -246,7 +257,7 @@ class Slots:
         Prompt ``which[i]`` of the cache goes to slot ``slots[i]``; ``order`` (prompts, P) has its real columns first,
         ``lengths[i]`` of them; ``uniform`` is its noise (N, tokens, 2), ``logits`` (N, V) are those behind it.
         """
-        if order.shape[1] > self.capacity:
+        if order.shape[1] > self.room:
             self.resize(len(self.tokens), order.shape[1])
         for ours, theirs in zip(self.layers, cache.layers, strict=True):
             ours.fill(slots, theirs, which, order)

@@ -33,8 +33,8 @@ SIZES = {
     "b": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "vocab_size": 8192},
 }
 FAST, SLOW = 3e-6, 3e-8
-"""Learning rates. Weights that end a response with a given probability do so no longer after some faster updates, and
-the ways would have responses of other lengths."""
+"""Learning rates. Where responses end early updates must be small: large ones change the probability of the end, and
+each way would have responses of another length."""
 FIRST = {"b": {"learning_rate": 3e-7}}
 """Settings of the check: in so large a network the ratio of a token that is next to impossible grows so fast that
 rounding shows."""

@@ -9,9 +9,11 @@ from rlhf_lightning.networks import block_attention
 from rlhf_lightning.networks.block_attention import attend_in_blocks, suits_blocks
 
 
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[1, 2 * 3 * 11, 2**19], autouse=True)
+def _small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key at a time, one or two of them, and all of them."""
     monkeypatch.setattr(block_attention, "ROWS", 3)
+    monkeypatch.setattr(block_attention, "AT_ONCE", request.param)
 
 
 def states(heads: int, *, length: int, size: int = 3) -> Tensor:
@@ -56,6 +58,14 @@ def test_nothing_is_kept_for_the_gradient_that_grows_with_the_square_of_the_leng
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         attend_in_blocks(*given, scaling=1.0)
     assert sum(kept) == sum(x.numel() for x in given)
+
+
+def test_it_has_no_second_derivatives() -> None:
+    given = [states(2, length=5) for _ in range(3)]
+    weighted = (attend_in_blocks(*given, scaling=1.0) * states(2, length=5)).sum()
+    (first,) = torch.autograd.grad(weighted, given[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize(

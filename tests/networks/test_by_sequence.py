@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from rlhf_lightning.networks import block_attention, by_sequence, length_groups
+from rlhf_lightning.networks.block_attention import attend_in_blocks
 from rlhf_lightning.networks.by_sequence import BY_SEQUENCE, attend_by_sequence, attends_by_sequence
 from rlhf_lightning.networks.checkpointing import checkpoint_blocks
 from rlhf_lightning.networks.packing import Packed, last_hidden_state, pack, reading
@@ -175,3 +176,20 @@ def test_dropout_of_attention_is_that_of_torch() -> None:
     # Of the first token nothing but its own value is read: whole, or dropped.
     assert not torch.allclose(found, whole)
     assert set((found[0, 0] / whole[0, 0]).round(decimals=3).unique().tolist()) <= {0.0, 10.0}
+
+
+@pytest.mark.parametrize(("dropout", "blocks"), [(0.0, 2), (0.5, 0)])
+def test_long_sequences_attend_in_blocks(dropout: float, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of them, on a CPU, unless something is dropped."""
+    monkeypatch.undo()
+    seen: list[int] = []
+
+    def watched(query: Tensor, *states: Tensor, scaling: float) -> Tensor:
+        seen.append(query.shape[2])
+        return attend_in_blocks(query, *states, scaling=scaling)
+
+    monkeypatch.setattr(by_sequence, "attend_in_blocks", watched)
+    with reading(llama(), pack(*padded([400, 270, 40]), in_one_row=True)) as how:
+        states = [torch.randn(1, 4, 710, 8) for _ in range(3)]
+        attend_by_sequence(torch.nn.Module(), *states, None, sequences=how["sequences"], dropout=dropout)
+    assert seen == [400, 270][:blocks]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_lightning.rollout.in_slots import slots_of
 from rlhf_lightning.rollout.slots import Slots
 from rlhf_lightning.types import PromptBatch
 
@@ -39,27 +40,91 @@ def test_prompts_that_wait_for_a_slot_get_the_response_that_they_would_get_at_on
         assert torch.equal(sample(network, batch, stops, temperature=temperature), expected)
 
 
-def test_on_a_cpu_slots_have_room_for_little_more_than_they_hold(
-    policy: Callable[..., Any], prompts: Callable[..., PromptBatch], monkeypatch: pytest.MonkeyPatch, sample: Any
-) -> None:
-    """It follows the longest response, up and down, and never passes the longest that can be."""
+@pytest.fixture
+def rooms(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Collects of each step how many tokens the longest running response has, and the room of a slot."""
     seen: list[tuple[int, int]] = []
-    step = Slots.step
+    step, resize = Slots.step, Slots.resize
 
-    def watched(slots: Slots, network: Any, in_use: int, span: int) -> None:
+    def watched_step(slots: Slots, network: Any, in_use: int, span: int) -> None:
         keys = slots.layers[0].all_keys
-        seen.append((int(slots.positions[slots.running].max()) + 1, keys.shape[2]))
-        assert span == keys.shape[2]
+        assert span == slots.room == keys.shape[2]
         assert len(keys) >= in_use
+        assert keys.is_contiguous()
+        seen.append((int(slots.positions[slots.running].max()) + 1, span))
         step(slots, network, in_use, span)
 
-    monkeypatch.setattr(Slots, "step", watched)
-    monkeypatch.setattr("rlhf_lightning.rollout.recording.GROWS_BY", 4)
+    def watched_resize(slots: Slots, in_use: int, room: int) -> None:
+        # What has the size already is not copied.
+        assert room != slots.room
+        resize(slots, in_use, room)
+
+    monkeypatch.setattr(Slots, "step", watched_step)
+    monkeypatch.setattr(Slots, "resize", watched_resize)
+    return seen
+
+
+def test_on_a_cpu_slots_have_room_for_little_more_than_they_hold(
+    policy: Callable[..., Any],
+    prompts: Callable[..., PromptBatch],
+    monkeypatch: pytest.MonkeyPatch,
+    sample: Any,
+    rooms: list[tuple[int, int]],
+) -> None:
+    """It follows the longest response, up and down, and never passes the longest that can be: 21."""
+    monkeypatch.setattr("rlhf_lightning.rollout.recording.GROWS_BY", 6)
     monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", {"cpu": 2})
     # Twelve tokens behind a prompt of nine, and then behind a prompt of one.
     sample(policy(), prompts([[7] * 9, [7] * 9, [8], [8]]), NEVER)
-    assert [room for _, room in seen] == [12] * 3 + [16] * 4 + [20] * 4 + [4] * 3 + [8] * 4 + [12] * 4
-    assert all(needed <= room for needed, room in seen)
+    assert [room for _, room in rooms] == [12] * 3 + [18] * 6 + [21] * 2 + [6] * 5 + [12] * 6
+    assert all(needed <= room for needed, room in rooms)
+
+
+def that_ends_at_once(
+    network: Any, sample: Callable[..., Tensor], prompts: Callable[..., PromptBatch], *, length: int
+) -> tuple[list[int], int, list[int]]:
+    """Return a prompt with the first token of its response, which is not in the response to [8], and that response."""
+    many = [[8], *([token] * length for token in range(40, 120))]
+    found = sample(network, prompts(many), NEVER, temperature=0.0).tolist()
+    prompt, first = next((prompt, row[0]) for prompt, row in zip(many, found, strict=True) if row[0] not in found[0])
+    return prompt, first, found[0]
+
+
+def test_slots_that_stay_free_need_no_room(
+    policy: Callable[..., Any],
+    prompts: Callable[..., PromptBatch],
+    monkeypatch: pytest.MonkeyPatch,
+    sample: Callable[..., Tensor],
+    rooms: list[tuple[int, int]],
+) -> None:
+    """One of eight ends early, which is too few to let others in, and seven more follow the seven that run."""
+    monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", {"cpu": 8})
+    monkeypatch.setattr("rlhf_lightning.rollout.recording.GROWS_BY", 1)
+    network = policy()
+    ending, stop, others = that_ends_at_once(network, sample, prompts, length=1)
+    rooms.clear()
+    found = sample(network, prompts([[8]] * 7 + [ending] + [[8]] * 7), [stop], temperature=0.0).tolist()
+    assert [row for row in found if row[0] != stop] == [others] * 14
+    assert len(rooms) == 22
+    assert all(room <= needed / 0.75 + 1 for needed, room in rooms)
+
+
+def test_a_slot_that_is_free_writes_where_there_is_room(
+    policy: Callable[..., Any],
+    prompts: Callable[..., PromptBatch],
+    monkeypatch: pytest.MonkeyPatch,
+    sample: Callable[..., Tensor],
+) -> None:
+    """One response behind a long prompt ends at once; the others need less room than it had."""
+    monkeypatch.setattr("rlhf_lightning.rollout.recording.GROWS_BY", 1)
+    network = policy()
+    ending, stop, others = that_ends_at_once(network, sample, prompts, length=30)
+    assert sample(network, prompts([[8]] * 4 + [ending]), [stop], temperature=0.0)[:4].tolist() == [others] * 4
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 768), ("cuda", 512), ("mps", 512)])
+def test_a_cpu_runs_more_responses_at_once(device: str, most: int) -> None:
+    assert [slots_of(rows, torch.device(device)) for rows in (3, 9999)] == [3, most]
 
 
 def test_no_more_rows_than_there_are_slots_run_at_once(

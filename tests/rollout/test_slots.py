@@ -49,6 +49,21 @@ def test_prompts_are_written_from_the_first_place_on_and_new_states_to_their_own
     assert torch.equal(slots.all_keys[1, :, :2], layer.keys[0, :, 1:])
 
 
+@pytest.mark.parametrize("capacity", [2, 3, 7])
+def test_room_is_made_larger_and_smaller_and_states_stay(capacity: int) -> None:
+    (layer,) = filled(4, 3).layers
+    slots = SlotLayer(layer, slots=4, capacity=3)
+    slots.fill(torch.arange(4), layer, torch.arange(4), torch.arange(3).expand(4, 3))
+    slots.resize(2, capacity)
+    kept = min(capacity, 3)
+    for ours, theirs in ((slots.all_keys, layer.keys), (slots.all_values, layer.values)):
+        assert ours.shape == (2, 2, capacity, 4)
+        assert ours.is_contiguous()
+        assert torch.equal(ours[:, :, :kept], theirs[:2, :, :kept])
+        # What nobody has written is multiplied by 0, and must be a number.
+        assert not ours[:, :, kept:].any()
+
+
 @pytest.mark.parametrize("heads", [2, 6])
 def test_attention_from_one_token_is_that_of_transformers(heads: int) -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
