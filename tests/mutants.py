@@ -343,14 +343,6 @@ MUTANTS = (
         50,
     ),
     Mutant(
-        "blocks of rows see the token behind",
-        "rlhf_lightning/networks/block_attention.py",
-        ".triu(length - number + 1)",
-        ".triu(length - number + 2)",
-        ("tests/networks/test_block_attention.py",),
-        50,
-    ),
-    Mutant(
         "sampling leaves out biases",
         ROLLOUT + "reordered.py",
         'self.copy, self.bias, "none"',

@@ -7,7 +7,7 @@ A mask over rows would compute the attention of every token to all tokens of its
 Sequences of similar lengths attend together (`length_groups`), so that little is padded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_lightning.functional.precision import at_least_float32
 from rlhf_lightning.networks.attending import sees_all
-from rlhf_lightning.networks.block_attention import attend_in_blocks, suits_blocks
 from rlhf_lightning.networks.checkpointing import is_checkpointed
 from rlhf_lightning.networks.compiling import is_compiled
 from rlhf_lightning.networks.length_groups import LengthGroups
@@ -29,7 +28,7 @@ BY_SEQUENCE = "by_sequence"
 """The name of `attend_by_sequence` in `transformers`."""
 
 BESIDES = ("softcap", "position_bias")
-"""What `transformers` may tell its attention besides, and our own is not made for."""
+"""What `transformers` may tell its attention besides, and `attend_short` is not made for."""
 
 _see_all_before: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 """Of each network, whether its tokens attend to all before them and to none behind."""
@@ -185,19 +184,12 @@ def _attend(
     **kwargs: Any,
 ) -> Tensor:
     """Attend within sequences, by queries, keys and values (B, heads, T, size); returns (B, T, heads, size)."""
-    is_plain = not dropout and is_causal in (None, True) and all(kwargs.get(name) is None for name in BESIDES)
-    own = _own_way(query, key) if query.device.type == "cpu" and is_plain else None
-    if own is not None:
-        return own(query, key, value, scaling=query.shape[3] ** -0.5 if scaling is None else scaling).transpose(1, 2)
+    is_short = query.device.type == "cpu" and query.shape[2] <= LONGEST
+    if is_short and not dropout and is_causal in (None, True) and all(kwargs.get(name) is None for name in BESIDES):
+        scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+        return attend_short(query, key, value, scaling=scaling).transpose(1, 2)
     told = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, **kwargs}
     return sdpa_attention_forward(module, query, key, value, None, **told)[0]
-
-
-def _own_way(query: Tensor, key: Tensor) -> Callable[..., Tensor] | None:
-    """Return what is faster on a CPU than torch's attention, None where nothing is."""
-    if query.shape[2] <= LONGEST:
-        return attend_short
-    return attend_in_blocks if suits_blocks(query, key) else None
 
 
 AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)

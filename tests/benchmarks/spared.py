@@ -4,8 +4,7 @@
 find the same: medians of alternating runs of one thread, in seconds of its own CPU time. Scores read one state of each
 sequence, responses those of their half (`last_block`); adapters are added by `peft`'s layers, and in place
 (`adapted_linear`). Short sequences attend by torch's attention, padded to the longest of them, and by our own in groups
-of similar lengths (`short_attention`, `length_groups`). Long sequences, and those whose heads share keys, attend by
-torch's attention and in blocks of rows (`block_attention`).
+of similar lengths (`short_attention`, `length_groups`).
 """
 
 import argparse
@@ -22,7 +21,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
-from rlhf_lightning.networks import LoRA, block_attention, by_sequence, length_groups
+from rlhf_lightning.networks import LoRA, by_sequence, length_groups
 from rlhf_lightning.networks.adapted_linear import AdaptedLinear, lighten
 from rlhf_lightning.networks.lora import add_adapter, train_adapter
 from rlhf_lightning.networks.unpadded import last_states
@@ -61,8 +60,7 @@ def works(size: dict[str, Any]) -> dict[str, tuple[Callable[[], float], Callable
     mask = place < lengths
     ends, responses = place == lengths - 1, mask & (place >= lengths // 2)
 
-    short, middle, long = (sequences(*x) for x in ((64, 12, 60), (16, 64, 256), (8, 256, 512)))
-    sharing = Body(LlamaConfig(**size, num_key_value_heads=2, vocab_size=1024)).eval()
+    short = (torch.randint(2, 1024, (64, 60)), torch.arange(60) < torch.randint(12, 61, (64, 1)))
 
     def work(
         network: Any,
@@ -88,21 +86,7 @@ def works(size: dict[str, Any]) -> dict[str, tuple[Callable[[], float], Callable
             work(body, short[1], None, with_attention_of_torch, given=short),
             work(body, short[1], None, given=short),
         ),
-        "long sequences": (
-            work(body, long[1], None, without_blocks, given=long),
-            work(body, long[1], None, given=long),
-        ),
-        "heads that share keys": (
-            work(sharing, middle[1], None, without_blocks, given=middle),
-            work(sharing, middle[1], None, given=middle),
-        ),
     }
-
-
-def sequences(number: int, shortest: int, longest: int) -> tuple[Tensor, Tensor]:
-    """Return tokens and a mask."""
-    lengths = torch.randint(shortest, longest + 1, (number, 1))
-    return torch.randint(2, 1024, (number, longest)), torch.arange(longest) < lengths
 
 
 @contextmanager
@@ -117,12 +101,6 @@ def with_layers_of_peft(network: Any) -> Iterator[None]:
 @contextmanager
 def with_attention_of_torch(_: Any) -> Iterator[None]:
     with patch.object(by_sequence, "LONGEST", 0), patch.object(length_groups, "WORTH", 10**9):
-        yield
-
-
-@contextmanager
-def without_blocks(_: Any) -> Iterator[None]:
-    with patch.object(block_attention, "ALONE", ()), patch.object(block_attention, "SHARED", ()):
         yield
 
 

@@ -19,8 +19,7 @@ from transformers import (
     MistralModel,
 )
 
-from rlhf_lightning.networks import block_attention, by_sequence, length_groups
-from rlhf_lightning.networks.block_attention import attend_in_blocks
+from rlhf_lightning.networks import by_sequence, length_groups
 from rlhf_lightning.networks.by_sequence import BY_SEQUENCE, attend_by_sequence, attends_by_sequence
 from rlhf_lightning.networks.checkpointing import checkpoint_blocks
 from rlhf_lightning.networks.packing import Packed, last_hidden_state, pack, reading
@@ -74,22 +73,15 @@ PACKED: dict[str, Callable[[], Packed]] = {
 }
 
 
-WAYS = ["together", "in groups", "of torch", "in groups of torch", "both ways", "in blocks", "in groups of blocks"]
-
-
-@pytest.fixture(params=WAYS, autouse=True)
+@pytest.fixture(params=["together", "in groups", "of torch", "in groups of torch", "both ways"], autouse=True)
 def groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let sequences as short as these attend in groups, too, and by torch's attention or in blocks."""
-    if "groups" in request.param or request.param == "both ways":
+    """Let sequences as short as these attend in groups, too, and by torch's attention."""
+    if request.param in ("in groups", "in groups of torch", "both ways"):
         monkeypatch.setattr(length_groups, "WORTH", 1)
-    if "torch" in request.param or "blocks" in request.param:
+    if request.param in ("of torch", "in groups of torch"):
         monkeypatch.setattr(by_sequence, "LONGEST", 0)
     if request.param == "both ways":
         monkeypatch.setattr(by_sequence, "LONGEST", 4)
-    if "blocks" in request.param:
-        for lengths in ("ALONE", "SHARED"):
-            monkeypatch.setattr(block_attention, lengths, range(1, 100))
-        monkeypatch.setattr(block_attention, "ROWS", 2)
 
 
 # Llama's norms are computed in float32 whatever the network is in.
@@ -176,20 +168,3 @@ def test_dropout_of_attention_is_that_of_torch() -> None:
     # Of the first token nothing but its own value is read: whole, or dropped.
     assert not torch.allclose(found, whole)
     assert set((found[0, 0] / whole[0, 0]).round(decimals=3).unique().tolist()) <= {0.0, 10.0}
-
-
-@pytest.mark.parametrize(("dropout", "blocks"), [(0.0, 2), (0.5, 0)])
-def test_long_sequences_attend_in_blocks(dropout: float, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two groups of them, on a CPU, unless something is dropped."""
-    monkeypatch.undo()
-    seen: list[int] = []
-
-    def watched(query: Tensor, *states: Tensor, scaling: float) -> Tensor:
-        seen.append(query.shape[2])
-        return attend_in_blocks(query, *states, scaling=scaling)
-
-    monkeypatch.setattr(by_sequence, "attend_in_blocks", watched)
-    with reading(llama(), pack(*padded([400, 270, 40]), in_one_row=True)) as how:
-        states = [torch.randn(1, 4, 710, 8) for _ in range(3)]
-        attend_by_sequence(torch.nn.Module(), *states, None, sequences=how["sequences"], dropout=dropout)
-    assert seen == [400, 270][:blocks]
