@@ -92,13 +92,16 @@ class _Sampling:
             self._let_in()
             self._close_up()
             for _ in range(self.recorder.steps_unseen if self._some_run() else 0):
-                self.recorder.step(self.policy, self.slots, len(self.occupants), max(self.next) + 1)
-                taken = zip(self.next, self.occupants, strict=True)
-                self.next = [0 if row is None else place + 1 for place, row in taken]
+                self.recorder.step(self.policy, self.slots, len(self.occupants), self._span())
+                self.next = [place + 1 for place in self.next]
             self._let_out()
 
     def _some_run(self) -> bool:
         return any(row is not None for row in self.occupants)
+
+    def _span(self) -> int:
+        """Return how many tokens the longest has that runs, the newest included."""
+        return 1 + max(place for place, row in zip(self.next, self.occupants, strict=True) if row is not None)
 
     def _let_in(self) -> None:
         free = [slot for slot, row in enumerate(self.occupants) if row is None]
@@ -174,7 +177,6 @@ class _Sampling:
         self.slots.positions[slots] = 0
         for slot in slots:
             self.occupants[slot] = None
-            self.next[slot] = 0
 
     def _close_up(self) -> None:
         """Leave free slots out of the steps to come."""

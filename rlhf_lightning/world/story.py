@@ -17,7 +17,7 @@ from rlhf_lightning.world.topics import Register
 RARE: Register = "technical"
 """The register that few audiences want."""
 
-TIMES = 3
+RARE_TIMES = 3
 """How often comparisons ask for it where they ask for the other once."""
 
 Row = Mapping[str, Any]
@@ -80,15 +80,16 @@ def write_world(folder: Path, world: World, *, seed: int) -> dict[str, Any]:
 def write_comparisons(folder: Path, world: World, sample: Sampler, *, seed: int) -> dict[str, Any]:
     """Write what the judge, with a person's noise, prefers among responses that ``sample`` draws from a policy.
 
-    Instructions of the register that few audiences want are asked `TIMES` as often as others: what is right for most is
-    wrong there, which a reward model learns last. Where there are more comparisons than that, each is answered anew.
+    Instructions of the register that few audiences want are asked `RARE_TIMES` times as often as others: what is right
+    for most is wrong there, which a reward model learns last. Where there are more comparisons than that, each is
+    answered anew.
     Held-out ones are of held-out instructions, all equally often. The result holds the share of their labels that the
     judge without noise agrees with, which is the most that a reward model can reach.
     """
     train, held_out = split(seed)
     rare = [instruction for instruction in train if instruction.register == RARE]
     asked = {
-        "comparisons": list(islice(cycle(shuffled([*train, *(TIMES - 1) * rare], seed)), world.comparisons)),
+        "comparisons": list(islice(cycle(shuffled([*train, *(RARE_TIMES - 1) * rare], seed)), world.comparisons)),
         "comparisons_held_out": list(islice(cycle(shuffled(held_out, seed)), world.held_out_comparisons)),
     }
     result: dict[str, Any] = {}

@@ -80,6 +80,18 @@ def test_on_a_cpu_slots_have_room_for_little_more_than_they_hold(
     assert all(needed <= room for needed, room in rooms)
 
 
+def test_a_prompt_that_waited_gets_more_room_than_there_was(
+    policy: Callable[..., Any],
+    prompts: Callable[..., PromptBatch],
+    monkeypatch: pytest.MonkeyPatch,
+    sample: Callable[..., Tensor],
+) -> None:
+    network, batch = policy(), prompts([[8], [7] * 30])
+    expected = sample(network, batch, NEVER)
+    monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", {"cpu": 1})
+    assert torch.equal(sample(network, batch, NEVER), expected)
+
+
 def that_ends_at_once(
     network: Any, sample: Callable[..., Tensor], prompts: Callable[..., PromptBatch], *, length: int
 ) -> tuple[list[int], int, list[int]]:
