@@ -13,13 +13,18 @@ from rlhf_lightning.networks.compiling import is_compiled
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 """AdamW with its moments in 32 or in 8 bits (Dettmers et al. 2022); paged: they move to the CPU where room is short."""
+SupervisedOptimizerName = Literal[OptimizerName, "muon"]
+"""The same, and Muon for matrices (Jordan et al. 2024)."""
 BITSANDBYTES_DEVICES = ("cpu", "cuda")
 
 
 class Trained(Protocol):
     """A module with one trained network."""
 
-    optimizer: OptimizerName
+    @property
+    def optimizer(self) -> SupervisedOptimizerName:
+        """Which optimizer trains it."""
+
     shares_backbone: bool
 
     @property
@@ -45,8 +50,8 @@ def check_hardware(trainer: Trainer, module: Trained) -> None:
         bits.append("network.compile")
     if bits and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         raise InputError(
-            f"{', '.join(bits)}: {type(trainer.strategy).__name__} cuts weights into shards, which bitsandbytes, roles "
-            "on one backbone and compiled blocks cannot be; use one device or trainer.strategy=ddp"
+            f"{', '.join(bits)}: {type(trainer.strategy).__name__} cuts weights into shards, which bitsandbytes, Muon, "
+            "roles on one backbone and compiled blocks cannot be; use one device or trainer.strategy=ddp"
         )
 
 
@@ -63,7 +68,7 @@ def _check_precision(trainer: Trainer) -> None:
         )
 
 
-def _check_optimizer(optimizer: OptimizerName, device: str) -> None:
+def _check_optimizer(optimizer: SupervisedOptimizerName, device: str) -> None:
     if optimizer == "paged_adamw_8bit" and device != "cuda":
         raise InputError(
             f"optimizer=paged_adamw_8bit pages between CUDA devices and the CPU, there is no {device} to page from; "

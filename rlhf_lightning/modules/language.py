@@ -24,7 +24,8 @@ from rlhf_lightning.functional.dtensors import whole
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
 from rlhf_lightning.modules import replay
 from rlhf_lightning.modules.finite import BadUpdates
-from rlhf_lightning.modules.hardware import OptimizerName, check_hardware
+from rlhf_lightning.modules.hardware import OptimizerName, SupervisedOptimizerName, check_hardware
+from rlhf_lightning.modules.muon import MuonWithAdamW
 from rlhf_lightning.modules.sharding import check_mesh, gathered_state
 from rlhf_lightning.networks import (
     Model,
@@ -62,7 +63,7 @@ class LanguageModule(LightningModule):
 
     learning_rate: float
 
-    optimizer: OptimizerName
+    optimizer: SupervisedOptimizerName
 
     without_effect: list[str]
     """What was set for nothing, since other settings turn it off."""
@@ -354,10 +355,10 @@ def sft_predictions(network: nn.Module, batch: SFTBatch, packed: Packed | None =
         return predictions(network, packed.tokens, counted=packed.arranged(batch.loss_mask), **told)
 
 
-def adamw_with_schedule(
+def optimizer_with_schedule(
     module: LightningModule,
     *,
-    optimizer: OptimizerName,
+    optimizer: SupervisedOptimizerName,
     learning_rate: float,
     weight_decay: float,
     schedule: Schedule,
@@ -365,10 +366,13 @@ def adamw_with_schedule(
     warmup_from: float,
     floor: float,
 ) -> Any:
-    """Return Lightning's dictionary of AdamW over what is trained and a schedule that moves every optimizer step."""
-    groups = [{"params": trained_weights(module)}]
-    in_32_bits = embeddings_and_heads(module)
-    adam = adamw(groups, optimizer=optimizer, in_32_bits=in_32_bits, lr=learning_rate, weight_decay=weight_decay)
+    """Return Lightning's dictionary of the optimizer of what is trained and a schedule that moves every step of it."""
+    weights, special = trained_weights(module), embeddings_and_heads(module)
+    settings = {"lr": learning_rate, "weight_decay": weight_decay}
+    if optimizer == "muon":
+        made: torch.optim.Optimizer = MuonWithAdamW(weights, special, **settings)
+    else:
+        made = adamw([{"params": weights}], optimizer=optimizer, in_32_bits=special, **settings)
     total = module.trainer.estimated_stepping_batches
 
     def factor(step: int) -> float:
@@ -376,7 +380,7 @@ def adamw_with_schedule(
             step, total, schedule=schedule, warmup_steps=warmup_steps, warmup_from=warmup_from, floor=floor
         )
 
-    return {"optimizer": adam, "lr_scheduler": {"scheduler": LambdaLR(adam, factor), "interval": "step"}}
+    return {"optimizer": made, "lr_scheduler": {"scheduler": LambdaLR(made, factor), "interval": "step"}}
 
 
 def check_optimization(
@@ -391,7 +395,7 @@ def check_optimization(
 ) -> None:
     """Raise `InputError` where a setting of optimizer or schedule is out of its range."""
     check_choice("lr_schedule", lr_schedule, get_args(Schedule))
-    check_choice("optimizer", optimizer, get_args(OptimizerName))
+    check_choice("optimizer", optimizer, get_args(SupervisedOptimizerName))
     check_number("lr_floor", lr_floor)
     if not 0 <= lr_floor <= 1:
         raise InputError(f"lr_floor={lr_floor} must lie in [0, 1]")

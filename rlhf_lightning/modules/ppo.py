@@ -113,6 +113,8 @@ class PPOModule(LanguageModule):
     update_is_made_from = Experience
     phases = ("sampling", "scoring", "updating")
 
+    optimizer: OptimizerName
+
     def __init__(
         self,
         model: Model,

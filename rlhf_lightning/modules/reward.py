@@ -20,12 +20,12 @@ from rlhf_lightning.functional.head_logprobs import head_logprobs
 from rlhf_lightning.functional.losses import k_wise_loss, pairwise_logistic_loss, ranked_pairs, ranking_loss
 from rlhf_lightning.functional.masking import last_index
 from rlhf_lightning.functional.schedules import Schedule
-from rlhf_lightning.modules.hardware import OptimizerName
+from rlhf_lightning.modules.hardware import SupervisedOptimizerName
 from rlhf_lightning.modules.language import (
     LanguageModule,
-    adamw_with_schedule,
     check_optimization,
     idle_settings,
+    optimizer_with_schedule,
     without_dropout_on_purpose,
 )
 from rlhf_lightning.modules.sharding import callable_outside_of_steps, shards_weights, writable
@@ -85,7 +85,7 @@ class RewardModule(LanguageModule):
         lr_floor: float = 0.0,
         warmup_steps: int = 0,
         warmup_from: float = 0.0,
-        optimizer: OptimizerName = "adamw",
+        optimizer: SupervisedOptimizerName = "adamw",
         shift_scores: bool = True,
         ranking_loss: RankingLoss = "pairwise",
         margin_coef: float = 0.0,
@@ -316,8 +316,8 @@ class RewardModule(LanguageModule):
             self._center_on_chosen()
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW with the schedule."""
-        return adamw_with_schedule(
+        """Return the optimizer with the schedule."""
+        return optimizer_with_schedule(
             self,
             optimizer=self.optimizer,
             learning_rate=self.learning_rate,

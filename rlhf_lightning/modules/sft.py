@@ -12,12 +12,12 @@ from torchmetrics.text import Perplexity
 
 from rlhf_lightning.errors import InputError, check_number
 from rlhf_lightning.functional.schedules import Schedule
-from rlhf_lightning.modules.hardware import OptimizerName
+from rlhf_lightning.modules.hardware import SupervisedOptimizerName
 from rlhf_lightning.modules.language import (
     LanguageModule,
-    adamw_with_schedule,
     check_optimization,
     idle_settings,
+    optimizer_with_schedule,
     sft_predictions,
 )
 from rlhf_lightning.networks import Model, load_policy, stop_token_ids
@@ -53,7 +53,7 @@ class SFTModule(LanguageModule):
         lr_floor: float = 0.0,
         warmup_steps: int = 0,
         warmup_from: float = 0.0,
-        optimizer: OptimizerName = "adamw",
+        optimizer: SupervisedOptimizerName = "adamw",
         dropout: float | None = None,
         packing: bool = False,
         max_bad_updates: int = 3,
@@ -171,8 +171,8 @@ class SFTModule(LanguageModule):
         self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(batch))
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW with the schedule."""
-        return adamw_with_schedule(
+        """Return the optimizer with the schedule."""
+        return optimizer_with_schedule(
             self,
             optimizer=self.optimizer,
             learning_rate=self.learning_rate,

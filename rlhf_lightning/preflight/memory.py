@@ -69,23 +69,20 @@ def role_memory(
     weights: Iterable[nn.Parameter],
     device: torch.device,
     *,
-    eight_bit: bool = False,
-    in_32_bits: Iterable[nn.Parameter] = (),
+    optimizer: str = "adamw",
+    special: Iterable[nn.Parameter] = (),
 ) -> RoleMemory:
-    """Return what weights need on this process under AdamW; a frozen one has neither gradient nor state.
+    """Return what weights need on this process; a frozen one has neither gradient nor state.
 
-    With ``eight_bit`` the states have a byte for each number but those of the weights ``in_32_bits``.
+    The ``special`` ones, embeddings and heads, have the states of AdamW in 32 bits under each optimizer.
     """
-    in_full = {id(weight) for weight in in_32_bits}
+    in_full = {id(weight) for weight in special}
     held = list(weights)
     trained = [weight for weight in held if weight.requires_grad]
-    states = [
-        _states_in_8_bits(p, in_32=id(p) in in_full) if eight_bit else ADAMW_STATES * _size_of(p) for p in trained
-    ]
     return RoleMemory(
         weights=sum(map(_size_of, held)),
         gradients=sum(map(_size_of, trained)),
-        optimizer=sum(states),
+        optimizer=sum(_states(p, optimizer, is_special=id(p) in in_full) for p in trained),
         there=sum(_size_of(p) for p in held if p.device == device),
     )
 
@@ -163,9 +160,13 @@ def _size_of(weight: nn.Parameter) -> int:
     return local_numel(weight) * weight.element_size()
 
 
-def _states_in_8_bits(weight: nn.Parameter, *, in_32: bool) -> int:
+def _states(weight: nn.Parameter, optimizer: str, *, is_special: bool) -> int:
+    if optimizer == "adamw":
+        return ADAMW_STATES * _size_of(weight)
+    if optimizer == "muon":
+        return _size_of(weight) * (1 if weight.dim() == 2 and not is_special else ADAMW_STATES)
     numbers = local_numel(weight)
-    if in_32 or numbers < SMALLEST_IN_8_BITS:
+    if is_special or numbers < SMALLEST_IN_8_BITS:
         return ADAMW_STATES * 4 * numbers
     return ADAMW_STATES * (numbers + 4 * math.ceil(numbers / BLOCK_IN_8_BITS))
 

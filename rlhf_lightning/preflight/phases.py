@@ -62,7 +62,7 @@ class PPONetworks(Protocol):
 
     @property
     def optimizer(self) -> str:
-        """AdamW as it is, or with moments in 8 bits."""
+        """The name of the optimizer, as modules are given it."""
 
     minibatch_size: int
     micro_batch_size: int
@@ -92,7 +92,7 @@ class Supervised(Protocol):
 
     @property
     def optimizer(self) -> str:
-        """AdamW as it is, or with moments in 8 bits."""
+        """The name of the optimizer, as modules are given it."""
 
 
 def ppo_memory(run: PPONetworks, device: torch.device, *, sequences: int, prompt_length: int) -> Estimate:
@@ -186,8 +186,8 @@ def roles_memory(networks: Mapping[str, nn.Module], device: torch.device, *, opt
         roles[role] = role_memory(
             [p for p in network.parameters() if p not in counted],
             device,
-            eight_bit=optimizer != "adamw",
-            in_32_bits=embeddings_and_heads(network),
+            optimizer=optimizer,
+            special=embeddings_and_heads(network),
         )
         counted.update(network.parameters())
     return roles

@@ -164,7 +164,7 @@ def test_a_ranking_can_count_as_a_whole(make: Callable[..., RewardModule], class
     [
         ({"learning_rate": -1.0}, r"learning_rate=-1\.0 must not be negative, and finite"),
         ({"lr_floor": 2.0}, r"lr_floor=2\.0 must lie in \[0, 1\]"),
-        ({"optimizer": "sgd"}, "optimizer=sgd must be one of adamw, adamw_8bit, paged_adamw_8bit"),
+        ({"optimizer": "sgd"}, "optimizer=sgd must be one of adamw, adamw_8bit, paged_adamw_8bit, muon"),
         ({"head_init": "big"}, "head_init=big must be one of unit, small"),
         ({"ranking_loss": "listwise"}, "ranking_loss=listwise must be one of pairwise, k_wise"),
         ({"max_bad_updates": 0}, "max_bad_updates=0 must be a whole number, 1 or more"),

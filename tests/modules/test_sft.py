@@ -228,7 +228,7 @@ def test_a_setting_that_cannot_be_had_is_an_input_error(
     [
         ({"learning_rate": -1.0}, r"learning_rate=-1\.0 must not be negative"),
         ({"dropout": 1.0}, r"dropout=1\.0 must lie in"),
-        ({"optimizer": "sgd"}, "optimizer=sgd must be one of adamw, adamw_8bit, paged_adamw_8bit"),
+        ({"optimizer": "sgd"}, "optimizer=sgd must be one of adamw, adamw_8bit, paged_adamw_8bit, muon"),
         ({"max_bad_updates": 0}, "max_bad_updates=0 must be a whole number, 1 or more"),
     ],
 )

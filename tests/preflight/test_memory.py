@@ -6,6 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_lightning.modules.eight_bit import AdamW8bit
+from rlhf_lightning.modules.muon import MuonWithAdamW
 from rlhf_lightning.preflight.allocations import PhaseMemory
 from rlhf_lightning.preflight.memory import (
     Estimate,
@@ -28,14 +29,18 @@ def test_a_trained_weight_needs_a_gradient_and_two_states_a_frozen_one_nothing()
     assert role_memory(network.parameters(), torch.device("meta")).there == 0
 
 
-def test_gradients_and_states_are_as_large_as_adamw_makes_them() -> None:
-    network = torch.nn.Linear(64, 64)
-    optimizer = torch.optim.AdamW(network.parameters())
-    network(torch.ones(1, 64)).sum().backward()
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_gradients_and_states_are_as_large_as_the_optimizer_makes_them(name: str) -> None:
+    network = torch.nn.Sequential(torch.nn.Embedding(96, 64), torch.nn.Linear(64, 48))
+    table = network[0].weight
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(network.parameters())
+    if name == "muon":
+        optimizer = MuonWithAdamW(network.parameters(), [table], lr=1.0)
+    network(torch.zeros(1, dtype=torch.long)).sum().backward()
     optimizer.step()
     states = sum(x.nbytes for s in optimizer.state.values() for x in s.values() if x.numel() > 1)
     gradients = sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
-    expected = role_memory(network.parameters(), CPU)
+    expected = role_memory(network.parameters(), CPU, optimizer=name, special=[table])
     assert (expected.gradients, expected.optimizer) == (gradients, states)
 
 
@@ -57,7 +62,7 @@ def test_moments_of_8_bits_are_as_large_as_bitsandbytes_makes_them(size: int) ->
     optimizer.step()
     states = [x for s in optimizer.state.values() for name, x in s.items() if name in ("state1", "state2")]
     scales = [x for s in optimizer.state.values() for name, x in s.items() if name in ("absmax1", "absmax2")]
-    expected = role_memory(network.parameters(), CPU, eight_bit=True, in_32_bits=[table])
+    expected = role_memory(network.parameters(), CPU, optimizer="adamw_8bit", special=[table])
     assert bool(scales) == (size == 96)
     assert expected.optimizer == sum(x.nbytes for x in [*states, *scales])
 

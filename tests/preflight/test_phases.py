@@ -140,7 +140,7 @@ def test_sampling_with_a_cache_of_the_networks_own_takes_what_was_estimated(kind
     assert peak_of(sample) == pytest.approx(estimate.total, rel=0.15)
 
 
-@pytest.mark.parametrize(("accumulate", "optimizer"), [(1, "adamw"), (2, "adamw_8bit")])
+@pytest.mark.parametrize(("accumulate", "optimizer"), [(1, "adamw"), (2, "adamw_8bit"), (1, "muon")])
 def test_fine_tuning_takes_what_was_estimated(
     config: LlamaConfig, accumulate: int, optimizer: Any, tokenizer: Any
 ) -> None:
