@@ -10,8 +10,8 @@ import torch
 from lightning import Trainer
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
-from rlhf_lightning.modules.muon import MuonWithAdamW
+from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule, muon
+from rlhf_lightning.modules.muon import MuonWithAdamW, nearest_orthogonal
 from rlhf_lightning.networks import LoRA, NetworkConfig
 from rlhf_lightning.types import SFTBatch
 
@@ -49,17 +49,19 @@ def test_matrices_are_stepped_by_muon_and_all_else_by_adamw_at_the_same_rate() -
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 / (1 + done))
     matrices = [theirs["matrix"], theirs["tall"]]
     others = [theirs[name] for name in ("table", "gains", "experts")]
-    muon = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    torchs = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    before = weights()
     adamw = torch.optim.AdamW(others, weight_decay=0.1)
     for number in range(4):
-        for group in (*muon.param_groups, *adamw.param_groups):
+        for group in (*torchs.param_groups, *adamw.param_groups):
             group["lr"] = 1e-2 / (1 + number)
         step(ours, optimizer, seed=number)
-        step(theirs, muon, adamw, seed=number)
+        step(theirs, torchs, adamw, seed=number)
         schedule.step()
     for name, weight in ours.items():
-        assert torch.equal(weight, theirs[name]), name
-        assert not torch.equal(weight, weights()[name]), name
+        apart = float((weight - theirs[name]).detach().norm() / (theirs[name] - before[name]).detach().norm())
+        # Torch makes matrices orthogonal in bfloat16.
+        assert apart < (0.05 if name in ("matrix", "tall") else 1e-6), name
 
 
 @pytest.mark.parametrize("name", ["matrix", "tall"])
@@ -69,10 +71,33 @@ def test_a_step_of_a_matrix_is_orthogonal_and_a_fifth_of_the_rate_in_each_number
     step(network, optimizer_of(network, lr=1e-2), seed=0)
     moved = network[name].detach() - before
     assert 0.15 < float(moved.square().mean().sqrt()) / 1e-2 < 0.25
-    # Five iterations of Newton and Schulz bring all singular values near 1, of a gradient whose differ by far.
     found = torch.linalg.svdvals(moved)
     given = torch.linalg.svdvals(weights(100)[name].detach())
     assert float(found.max() / found.min()) < 2 < float(given.max() / given.min())
+
+
+def test_singular_values_go_through_the_polynomial_and_singular_vectors_stay() -> None:
+    given = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    given[1] *= 1e-6
+    left, values, right = torch.linalg.svd(given, full_matrices=False)
+    values = values / given.norm(dim=(1, 2)).unsqueeze(1)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    expected = left @ torch.diag_embed(values) @ right
+    torch.testing.assert_close(nearest_orthogonal(given.float()).double(), expected, rtol=0, atol=1e-4)
+    assert not nearest_orthogonal(torch.zeros(1, 2, 3)).any()
+
+
+def test_matrices_are_stepped_alike_alone_and_together(monkeypatch: Any) -> None:
+    together, alone = ([torch.nn.Parameter(torch.ones(8, 24)) for _ in range(3)] for _ in range(2))
+    for number, pair in enumerate(zip(together, alone, strict=True)):
+        for weight in pair:
+            weight.grad = torch.randn(8, 24, generator=torch.Generator().manual_seed(number))
+    MuonWithAdamW(together, [], lr=1e-2).step()
+    monkeypatch.setattr(muon, "TOGETHER", 1)
+    MuonWithAdamW(alone, [], lr=1e-2).step()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_the_state_is_restored_exactly() -> None:
@@ -119,7 +144,7 @@ def test_fine_tuning_learns_and_embeddings_and_the_output_layer_have_moments_of_
     assert logged["sft/loss"][-1] < 0.5 * logged["sft/loss"][0]
     optimizer: Any = module.trainer.optimizers[0]
     states = {name: set(optimizer.state[weight]) for name, weight in module.named_parameters()}
-    by_muon = {name for name, state in states.items() if state == {"momentum_buffer"}}
+    by_muon = {name for name, state in states.items() if state == {"momentum"}}
     assert by_muon == {name for name in states if ".layers." in name and "norm" not in name}
     assert by_muon
     assert all(states[name] == {"step", "exp_avg", "exp_avg_sq"} for name in states.keys() - by_muon)
@@ -147,5 +172,5 @@ def test_a_resumed_run_goes_on_bit_for_bit(wide_model: Path, tmp_path: Path) -> 
 
 def test_it_is_for_fine_tuning_and_reward_models(tiny_model: Path) -> None:
     assert RewardModule(str(tiny_model), optimizer="muon").optimizer == "muon"
-    with pytest.raises(InputError, match="optimizer=muon must be one of adamw, adamw_8bit, paged_adamw_8bit$"):
+    with pytest.raises(InputError, match=r"optimizer=muon must be one of adamw, adamw_8bit, paged_adamw_8bit$"):
         PPOModule(str(tiny_model), reward=len, optimizer="muon")  # type: ignore[arg-type]
