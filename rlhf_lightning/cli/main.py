@@ -44,9 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verb, *rest = arguments
     if verb not in VERBS:
         sys.exit(_refused(f"{verb!r} is not a verb of `rlhf`{_did_you_mean(verb)}\n\n{usage()}"))
-    # A thread of torch that waits spins for long; where another process wants its core, each wait lasts a time slice
-    # and a small network trains many times slower. One that spins for less gives way.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # What lies where the user stands can be named in a config: module.reward._target_=my_rewards.politeness
     sys.path.insert(0, os.getcwd())  # noqa: PTH109
 
