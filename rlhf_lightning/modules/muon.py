@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rlhf_lightning.modules.hardware import can_be_fused
+
 MOMENTUM = 0.95
 """Of Nesterov's momentum."""
 
@@ -47,9 +49,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         weights = list(weights)
         matrices = [weight for weight in weights if weight.dim() == 2 and id(weight) not in by_adamw]
         others = [weight for weight in weights if weight.dim() != 2 or id(weight) in by_adamw]
-        self._adamw = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay) if others else None
+        settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        fused = can_be_fused(others) or None
+        self._adamw = torch.optim.AdamW(others, fused=fused, **settings) if others else None
         groups: list[dict[str, Any]] = [] if self._adamw is None else self._adamw.param_groups
-        super().__init__([{"params": matrices, "lr": lr, "weight_decay": weight_decay}, *groups], {})
+        super().__init__([{"params": matrices, **settings}, *groups], {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -1,10 +1,12 @@
+import gc
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf_lightning.cli.checks import check, fits, plain
+from rlhf_lightning.cli.checks import check, fits, plain, target
 from rlhf_lightning.errors import InputError
 
 
@@ -67,6 +69,18 @@ def test_nodes_inside_of_nodes_and_lists_are_checked() -> None:
 def test_class_that_cannot_be_imported_is_named() -> None:
     with pytest.raises(InputError, match=r"engine\._target_=no\.such\.Thing cannot be imported"):
         check({"engine": {"_target_": "no.such.Thing"}}, known=["engine"])
+
+
+def test_garbage_is_looked_for_again_once_a_class_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_once.py").write_text("import gc\nwas_on = gc.isenabled()\nclass Model: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert gc.isenabled()
+    model = target("module", "imported_once.Model")
+    assert not sys.modules[model.__module__].was_on
+    assert gc.isenabled()
+    with pytest.raises(InputError):
+        target("module", "imported_once.Nothing")
+    assert gc.isenabled()
 
 
 def test_reward_function_need_not_have_what_it_is_called_with() -> None:
