@@ -1,6 +1,5 @@
 """What a device or a strategy cannot do, said at the start with what to take instead."""
 
-from collections.abc import Iterable
 from typing import Literal, Protocol
 
 from lightning import Trainer
@@ -54,11 +53,6 @@ def check_hardware(trainer: Trainer, module: Trained) -> None:
             f"{', '.join(bits)}: {type(trainer.strategy).__name__} cuts weights into shards, which bitsandbytes, Muon, "
             "roles on one backbone and compiled blocks cannot be; use one device or trainer.strategy=ddp"
         )
-
-
-def can_be_fused(weights: Iterable[nn.Parameter]) -> bool:
-    """Return whether torch has one kernel for AdamW's step of all weights: a loop takes several times longer."""
-    return all(weight.device.type in ("cpu", "cuda") for weight in weights)
 
 
 def _check_precision(trainer: Trainer) -> None:

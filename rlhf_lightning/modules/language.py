@@ -24,8 +24,8 @@ from rlhf_lightning.functional.dtensors import whole
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
 from rlhf_lightning.modules import replay
 from rlhf_lightning.modules.finite import BadUpdates
-from rlhf_lightning.modules.hardware import OptimizerName, SupervisedOptimizerName, can_be_fused, check_hardware
-from rlhf_lightning.modules.muon import MuonWithAdamW
+from rlhf_lightning.modules.hardware import OptimizerName, SupervisedOptimizerName, check_hardware
+from rlhf_lightning.modules.muon import MuonWithAdamW, by_kind
 from rlhf_lightning.modules.sharding import check_mesh, gathered_state
 from rlhf_lightning.networks import (
     Model,
@@ -370,7 +370,9 @@ def optimizer_with_schedule(
     weights, special = trained_weights(module), embeddings_and_heads(module)
     settings = {"lr": learning_rate, "weight_decay": weight_decay}
     if optimizer == "muon":
-        made: torch.optim.Optimizer = MuonWithAdamW(weights, special, **settings)
+        matrices, others = by_kind(weights, special)
+        adam = adamw([{"params": others}], optimizer="adamw", in_32_bits=[], **settings)
+        made: torch.optim.Optimizer = MuonWithAdamW(matrices, adam, **settings)
     else:
         made = adamw([{"params": weights}], optimizer=optimizer, in_32_bits=special, **settings)
     total = module.trainer.estimated_stepping_batches
@@ -432,13 +434,16 @@ def idle_settings(
 def adamw(
     groups: list[dict[str, Any]], *, optimizer: OptimizerName, in_32_bits: list[nn.Parameter], **settings: Any
 ) -> torch.optim.Optimizer:
-    """Return AdamW; with 8 bits the moments of the weights ``in_32_bits`` stay so."""
+    """Return AdamW; with 8 bits the moments of the weights ``in_32_bits`` stay so.
+
+    The 32-bit one works in one kernel, where a loop over the weights takes several times longer.
+    """
     if optimizer != "adamw":
         from rlhf_lightning.modules.eight_bit import AdamW8bit
 
         return AdamW8bit(groups, in_32_bits, is_paged=optimizer == "paged_adamw_8bit", **settings)
-    fused = can_be_fused(weight for group in groups for weight in group["params"])
-    adam = torch.optim.AdamW(groups, fused=fused or None, **settings)
+    is_known = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    adam = torch.optim.AdamW(groups, fused=is_known or None, **settings)
     # Gradients of 16-mixed are unscaled before the step: Lightning cannot clip those that the step unscales, and does
     # not clip in bf16-mixed, either, where the optimizer says that it could.
     adam._step_supports_amp_scaling = False

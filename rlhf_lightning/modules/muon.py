@@ -11,8 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rlhf_lightning.modules.hardware import can_be_fused
-
 MOMENTUM = 0.95
 """Of Nesterov's momentum."""
 
@@ -37,23 +35,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        weights: Iterable[nn.Parameter],
-        not_matrices: Iterable[nn.Parameter],
-        *,
-        lr: float,
-        weight_decay: float = 0.0,
+        self, matrices: list[nn.Parameter], adamw: torch.optim.Optimizer, *, lr: float, weight_decay: float = 0.0
     ) -> None:
-        """Take weights, of which ``not_matrices`` are stepped by AdamW although they have two dimensions."""
-        by_adamw = {id(weight) for weight in not_matrices}
-        weights = list(weights)
-        matrices = [weight for weight in weights if weight.dim() == 2 and id(weight) not in by_adamw]
-        others = [weight for weight in weights if weight.dim() != 2 or id(weight) in by_adamw]
-        settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-        fused = can_be_fused(others) or None
-        self._adamw = torch.optim.AdamW(others, fused=fused, **settings) if others else None
-        groups: list[dict[str, Any]] = [] if self._adamw is None else self._adamw.param_groups
-        super().__init__([{"params": matrices, **settings}, *groups], {})
+        """Take the weights of Muon, and the ``adamw`` of all others."""
+        self._adamw = adamw
+        super().__init__([{"params": matrices, "lr": lr, "weight_decay": weight_decay}, *adamw.param_groups], {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -64,10 +50,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 loss = closure()
         of_matrices, *others = self.param_groups
         self._step_matrices(of_matrices)
-        if self._adamw is not None:
-            # Not once and for all: a checkpoint that is loaded puts new ones in their place.
-            self._adamw.param_groups, self._adamw.state = others, self.state
-            self._adamw.step()
+        # Not once and for all: a checkpoint that is loaded puts new ones in their place.
+        self._adamw.param_groups, self._adamw.state = others, self.state
+        self._adamw.step()
         return loss
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
@@ -86,6 +71,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(gradient)
         momentum: Tensor = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
         return gradient.lerp(momentum, MOMENTUM)
+
+
+def by_kind(
+    weights: Iterable[nn.Parameter], not_matrices: Iterable[nn.Parameter]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the weights of Muon, and all others: ``not_matrices``, and what has not two dimensions."""
+    others = {id(weight) for weight in not_matrices}
+    kinds: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+    for weight in weights:
+        kinds[weight.dim() != 2 or id(weight) in others].append(weight)
+    return kinds
 
 
 def nearest_orthogonal(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:

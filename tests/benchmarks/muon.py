@@ -14,7 +14,7 @@ import torch
 from peers import SIZES
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_lightning.modules.muon import MuonWithAdamW
+from rlhf_lightning.modules.muon import MuonWithAdamW, by_kind
 from rlhf_lightning.networks.embeddings import embeddings_and_heads
 
 WORLD = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -57,13 +57,11 @@ def optimizers(name: str, network: Any) -> list[Any]:
     weights, special = list(network.parameters()), embeddings_and_heads(network)
     if name == "adamw":
         return [torch.optim.AdamW(weights, lr=RATE, fused=True)]
+    matrices, others = by_kind(weights, special)
+    adamw = torch.optim.AdamW(others, lr=RATE, fused=True)
     if name == "muon":
-        return [MuonWithAdamW(weights, special, lr=RATE)]
-    ids = {id(weight) for weight in special}
-    matrices = [weight for weight in weights if weight.dim() == 2 and id(weight) not in ids]
-    others = [weight for weight in weights if weight.dim() != 2 or id(weight) in ids]
-    muon = torch.optim.Muon(matrices, lr=RATE, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(others, lr=RATE, fused=True)]
+        return [MuonWithAdamW(matrices, adamw, lr=RATE)]
+    return [torch.optim.Muon(matrices, lr=RATE, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 if __name__ == "__main__":

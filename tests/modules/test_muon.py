@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule, muon
-from rlhf_lightning.modules.muon import MuonWithAdamW, nearest_orthogonal
+from rlhf_lightning.modules.muon import MuonWithAdamW, by_kind, nearest_orthogonal
 from rlhf_lightning.networks import LoRA, NetworkConfig
 from rlhf_lightning.types import SFTBatch
 
@@ -33,7 +34,9 @@ def weights(seed: int = 0) -> dict[str, torch.nn.Parameter]:
 
 
 def optimizer_of(network: dict[str, torch.nn.Parameter], **settings: float) -> MuonWithAdamW:
-    return MuonWithAdamW(network.values(), [network["table"]], **{"lr": 1e-2, **settings})
+    settings = {"lr": 1e-2, "weight_decay": 0.0, **settings}
+    matrices, others = by_kind(network.values(), [network["table"]])
+    return MuonWithAdamW(matrices, torch.optim.AdamW(others, **settings), **settings)  # type: ignore[arg-type]
 
 
 def step(network: dict[str, torch.nn.Parameter], *optimizers: Any, seed: int) -> None:
@@ -61,7 +64,7 @@ def test_matrices_are_stepped_by_muon_and_all_else_by_adamw_at_the_same_rate() -
     for name, weight in ours.items():
         apart = float((weight - theirs[name]).detach().norm() / (theirs[name] - before[name]).detach().norm())
         # Torch makes matrices orthogonal in bfloat16.
-        assert apart < (0.05 if name in ("matrix", "tall") else 1e-6), name
+        assert apart < (0.02 if name in ("matrix", "tall") else 1e-6), name
 
 
 @pytest.mark.parametrize("name", ["matrix", "tall"])
@@ -84,20 +87,23 @@ def test_singular_values_go_through_the_polynomial_and_singular_vectors_stay() -
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
     expected = left @ torch.diag_embed(values) @ right
-    torch.testing.assert_close(nearest_orthogonal(given.float()).double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(nearest_orthogonal(given.float()).double(), expected, rtol=0, atol=5e-6)
     assert not nearest_orthogonal(torch.zeros(1, 2, 3)).any()
 
 
 def test_matrices_are_stepped_alike_alone_and_together(monkeypatch: Any) -> None:
-    together, alone = ([torch.nn.Parameter(torch.ones(8, 24)) for _ in range(3)] for _ in range(2))
+    shapes = [(8, 24), (24, 8), (8, 24)]
+    together, alone = ([torch.nn.Parameter(torch.zeros(shape)) for shape in shapes] for _ in range(2))
     for number, pair in enumerate(zip(together, alone, strict=True)):
         for weight in pair:
-            weight.grad = torch.randn(8, 24, generator=torch.Generator().manual_seed(number))
-    MuonWithAdamW(together, [], lr=1e-2).step()
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+    nothing = torch.optim.AdamW([{"params": []}])
+    MuonWithAdamW(together, nothing, lr=1.0).step()
     monkeypatch.setattr(muon, "TOGETHER", 1)
-    MuonWithAdamW(alone, [], lr=1e-2).step()
+    MuonWithAdamW(alone, nothing, lr=1.0).step()
     for one, other in zip(together, alone, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+        assert one.any()
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
 
 
 def test_the_state_is_restored_exactly() -> None:
@@ -129,7 +135,8 @@ def test_weights_without_a_gradient_stay() -> None:
 @pytest.mark.parametrize("name", ["matrix", "gains"])
 def test_one_kind_of_weights_is_enough(name: str) -> None:
     weight = weights()[name]
-    optimizer = MuonWithAdamW([weight], [], lr=1e-2)
+    matrices, others = by_kind([weight], [])
+    optimizer = MuonWithAdamW(matrices, torch.optim.AdamW([{"params": others}], fused=True), lr=1e-2)
     weight.grad = torch.ones_like(weight)
     before = weight.detach().clone()
     assert optimizer.step(lambda: 5.0 if torch.is_grad_enabled() else None) == 5.0
@@ -168,6 +175,12 @@ def test_a_resumed_run_goes_on_bit_for_bit(wide_model: Path, tmp_path: Path) -> 
     resumed, whole = trained(6, ckpt_path=tmp_path / "half.ckpt", weights_only=False)[0], trained(6)[0]
     for (name, weight), expected in zip(resumed.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(weight, expected), name
+
+
+def test_shards_are_refused(wide_model: Path, fit: Callable[..., Any]) -> None:
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    with pytest.raises(InputError, match=r"module\.optimizer=muon: ModelParallelStrategy cuts weights into shards"):
+        fit(SFTModule(str(wide_model), optimizer="muon"), [BATCH], max_epochs=1, strategy=strategy)
 
 
 def test_it_is_for_fine_tuning_and_reward_models(tiny_model: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_lightning.modules.eight_bit import AdamW8bit
-from rlhf_lightning.modules.muon import MuonWithAdamW
+from rlhf_lightning.modules.muon import MuonWithAdamW, by_kind
 from rlhf_lightning.preflight.allocations import PhaseMemory
 from rlhf_lightning.preflight.memory import (
     Estimate,
@@ -35,7 +35,8 @@ def test_gradients_and_states_are_as_large_as_the_optimizer_makes_them(name: str
     table = network[0].weight
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(network.parameters())
     if name == "muon":
-        optimizer = MuonWithAdamW(network.parameters(), [table], lr=1.0)
+        matrices, others = by_kind(network.parameters(), [table])
+        optimizer = MuonWithAdamW(matrices, torch.optim.AdamW(others), lr=1.0)
     network(torch.zeros(1, dtype=torch.long)).sum().backward()
     optimizer.step()
     states = sum(x.nbytes for s in optimizer.state.values() for x in s.values() if x.numel() > 1)
