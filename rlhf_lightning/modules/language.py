@@ -21,11 +21,12 @@ from torchmetrics import Metric
 from rlhf_lightning.callbacks import ExactResume
 from rlhf_lightning.errors import InputError, check_choice, check_number
 from rlhf_lightning.functional.dtensors import whole
+from rlhf_lightning.functional.muon import by_kind
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
 from rlhf_lightning.modules import replay
 from rlhf_lightning.modules.finite import BadUpdates
 from rlhf_lightning.modules.hardware import OptimizerName, SupervisedOptimizerName, check_hardware
-from rlhf_lightning.modules.muon import MuonWithAdamW, by_kind
+from rlhf_lightning.modules.muon import MuonWithAdamW
 from rlhf_lightning.modules.sharding import check_mesh, gathered_state
 from rlhf_lightning.networks import (
     Model,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rlhf_lightning.functional.dtensors import local_numel
+from rlhf_lightning.functional.muon import by_kind
 from rlhf_lightning.networks.configs import heads_of
 from rlhf_lightning.preflight.allocations import PhaseMemory
 from rlhf_lightning.preflight.findings import Finding
@@ -76,13 +77,12 @@ def role_memory(
 
     The ``special`` ones, embeddings and heads, have the states of AdamW in 32 bits under each optimizer.
     """
-    in_full = {id(weight) for weight in special}
-    held = list(weights)
+    held, special = list(weights), list(special)
     trained = [weight for weight in held if weight.requires_grad]
     return RoleMemory(
         weights=sum(map(_size_of, held)),
         gradients=sum(map(_size_of, trained)),
-        optimizer=sum(_states(p, optimizer, is_special=id(p) in in_full) for p in trained),
+        optimizer=_states(trained, optimizer, special),
         there=sum(_size_of(p) for p in held if p.device == device),
     )
 
@@ -160,13 +160,19 @@ def _size_of(weight: nn.Parameter) -> int:
     return local_numel(weight) * weight.element_size()
 
 
-def _states(weight: nn.Parameter, optimizer: str, *, is_special: bool) -> int:
+def _states(trained: Iterable[nn.Parameter], optimizer: str, special: Iterable[nn.Parameter]) -> int:
     if optimizer == "adamw":
-        return ADAMW_STATES * _size_of(weight)
+        return ADAMW_STATES * sum(map(_size_of, trained))
     if optimizer == "muon":
-        return _size_of(weight) * (1 if weight.dim() == 2 and not is_special else ADAMW_STATES)
+        matrices, others = by_kind(trained, special)
+        return sum(map(_size_of, matrices)) + ADAMW_STATES * sum(map(_size_of, others))
+    in_32 = {id(weight) for weight in special}
+    return sum(_states_in_8_bits(weight, in_32=id(weight) in in_32) for weight in trained)
+
+
+def _states_in_8_bits(weight: nn.Parameter, *, in_32: bool) -> int:
     numbers = local_numel(weight)
-    if is_special or numbers < SMALLEST_IN_8_BITS:
+    if in_32 or numbers < SMALLEST_IN_8_BITS:
         return ADAMW_STATES * 4 * numbers
     return ADAMW_STATES * (numbers + 4 * math.ceil(numbers / BLOCK_IN_8_BITS))
 

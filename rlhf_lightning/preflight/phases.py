@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf_lightning.functional.masking import position_ids
+from rlhf_lightning.functional.muon import by_kind, directions
 from rlhf_lightning.networks.attending import sees_all
 from rlhf_lightning.networks.embeddings import embeddings_and_heads
 from rlhf_lightning.networks.last_block import makes_some_states
@@ -163,12 +164,24 @@ def supervised_memory(run: Supervised, batch: SFTBatch | ComparisonBatch) -> Est
         update_once = partial(_update_once, run, batch)
         # The gradients of the step before are there until the forward is done.
         update = allocated(update_once, run.modules(), device, vocabulary=vocabulary, gradients=True)
-        return {"updating": replace(update, libraries=cublas_bytes(device, workspaces=2))}
+        phases = {"updating": replace(update, libraries=cublas_bytes(device, workspaces=2))}
+        if run.optimizer == "muon":
+            phases["stepping"] = allocated(partial(_step_once, run.network), run.modules(), device, gradients=True)
+        return phases
 
     if isinstance(batch, ComparisonBatch):
         # What a score is made of, is seen from numbers, too.
         plain_scalar_head(run.network)
     return _estimate(roles, [run.network], work)
+
+
+@torch.no_grad()
+def _step_once(network: nn.Module) -> None:
+    """Find the directions of Muon; all else is stepped in place."""
+    trained = [weight for weight in network.parameters() if weight.grad is not None]
+    matrices, _ = by_kind(trained, embeddings_and_heads(network))
+    for _ in directions(matrices, lambda weight: torch.empty_like(weight)):
+        pass
 
 
 def _update_once(run: Supervised, batch: Any) -> None:

@@ -14,7 +14,8 @@ import torch
 from peers import SIZES
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_lightning.modules.muon import MuonWithAdamW, by_kind
+from rlhf_lightning.functional.muon import by_kind
+from rlhf_lightning.modules.muon import MuonWithAdamW
 from rlhf_lightning.networks.embeddings import embeddings_and_heads
 
 WORLD = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 4}

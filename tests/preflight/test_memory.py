@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rlhf_lightning.functional.muon import by_kind
 from rlhf_lightning.modules.eight_bit import AdamW8bit
-from rlhf_lightning.modules.muon import MuonWithAdamW, by_kind
+from rlhf_lightning.modules.muon import MuonWithAdamW
 from rlhf_lightning.preflight.allocations import PhaseMemory
 from rlhf_lightning.preflight.memory import (
     Estimate,

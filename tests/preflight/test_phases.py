@@ -152,6 +152,17 @@ def test_fine_tuning_takes_what_was_estimated(
     assert estimate.peak == pytest.approx(measured(module, batch, trainer), rel=OFF)
 
 
+def test_a_step_of_muon_takes_what_was_estimated(tokenizer: Any) -> None:
+    config = LlamaConfig(**SIZES["wide"], **OTHERS)  # type: ignore[arg-type]
+    few = torch.ones(1, 4, dtype=torch.long)
+    batch = SFTBatch(few, few.bool(), few.bool())
+    module = SFTModule(LlamaForCausalLM(config), tokenizer=tokenizer, optimizer="muon")
+    module.trainer = trainer = quiet()
+    estimate = supervised_memory(module, batch)
+    assert estimate.work["stepping"].total > 2 * estimate.work["updating"].total
+    assert estimate.peak == pytest.approx(measured(module, batch, trainer), rel=OFF)
+
+
 def test_a_reward_model_takes_what_was_estimated(config: LlamaConfig, tokenizer: Any) -> None:
     tokens, mask = sequences(config)
     pairs = torch.arange(BATCH)
