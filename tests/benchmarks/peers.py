@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--end", type=float, default=0.0, help="of ppo: probability that a token ends its response")
     parser.add_argument("--rows", type=int, default=64, help="of sft and reward: rows of an epoch")
     parser.add_argument("--batch", type=int, help="8, of ppo and sampling 32")
+    parser.add_argument("--micro-batch", type=int, default=8, help="of ppo: sequences of one backward, of both sides")
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "peers")
     arguments = parser.parse_args()
@@ -113,7 +114,7 @@ def main() -> None:
         "new": arguments.new,
         "responses_only": arguments.responses_only,
         "epochs": 4,
-        "micro_batch": 8,
+        "micro_batch": arguments.micro_batch,
         "learning_rate": SLOW if arguments.end else FAST,
         # One micro-batch: TRL's means of PPO are those of a micro-batch.
         "first": {
@@ -138,7 +139,7 @@ def main() -> None:
     line = {
         "stage": stage,
         "size": arguments.size,
-        **({"end": arguments.end} if stage == "ppo" else {}),
+        **({"end": arguments.end, "micro_batch": arguments.micro_batch} if stage == "ppo" else {}),
         **({"responses_only": arguments.responses_only} if stage == "sft" else {}),
         "checked": checked,
         "found": found,

@@ -40,6 +40,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").warning("another fault")
 """
 
 
+@pytest.mark.proof
 def test_a_new_head_is_no_news_and_any_other_missing_weight_is(tiny_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -564,6 +564,7 @@ def length(prompts, responses, **columns):
 """
 
 
+@pytest.mark.proof
 def test_ctrl_c_within_a_stage_says_what_is_kept_and_the_command_it_names_goes_on_there(
     ppo_alone: list[str], files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,6 +135,7 @@ def without_an_account(home: Path) -> dict[str, str]:
     return kept | nowhere | {"HOME": str(home), "NETRC": str(home / "netrc")}
 
 
+@pytest.mark.proof
 def test_offline_run_of_wandb_needs_no_account_and_holds_names_config_metrics_and_samples(
     tiny_model: Path, tmp_path: Path, wandb_records: Callable[[Path], list[Any]]
 ) -> None:
@@ -295,7 +296,9 @@ def test_weights_alone_are_not_what_a_run_goes_on_from(tmp_path: Path) -> None:
         checkpoint(str(tmp_path / "weights.ckpt"), "out")
 
 
-@pytest.mark.parametrize(("signal_", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signal_", "exit_code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.proof)]
+)
 def test_stopped_run_says_what_is_kept_and_how_to_go_on(
     signal_: signal.Signals, exit_code: int, tiny_model: Path, tmp_path: Path
 ) -> None:
