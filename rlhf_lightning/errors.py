@@ -11,6 +11,10 @@ class InputError(ValueError):
     """What the user gave cannot be used; the message names it, the rule, and the value that was found."""
 
 
+class NotResumable(InputError):
+    """The same command would be refused again: there is nothing to go on with it."""
+
+
 def check_number(name: str, value: object, *, whole: bool = False) -> None:
     """Raise `InputError` where a setting is no number: a text, true, a list."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):

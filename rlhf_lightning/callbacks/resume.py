@@ -37,6 +37,7 @@ class ExactResume(Callback):
             "random_states": of_all_ranks(random_state(pl_module.device), trainer.world_size),
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "batches_that_stepped": loops["epoch_loop.state_dict"]["_batches_that_stepped"] if between else None,
+            "batches_of_epoch": trainer.num_training_batches,
             "wandb": [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)],
         }
 
@@ -51,6 +52,13 @@ class ExactResume(Callback):
             return
         if len(state["random_states"]) == trainer.world_size:
             set_random_state(state["random_states"][trainer.global_rank], pl_module.device)
+            if (before := state.get("batches_of_epoch", trainer.num_training_batches)) != trainer.num_training_batches:
+                log.warning(
+                    "the checkpoint was written where an epoch has %s batches, and here it has %s: the run goes on "
+                    "with other rows, and skips as many of this epoch as it had read of the others",
+                    before,
+                    trainer.num_training_batches,
+                )
         else:
             log.warning(
                 "the checkpoint was written by %d processes and is read by %d: the run goes on, but not bit for bit",

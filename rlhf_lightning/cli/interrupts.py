@@ -6,17 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import NotResumable
 
 CTRL_C = 130
 TERMINATED = 143
 
 
 NOTHING_KEPT = "nothing had been finished that could be kept"
-
-
-class NotResumable(InputError):
-    """The same command would be refused again: there is nothing to go on with it."""
 
 
 class Stopped(BaseException):

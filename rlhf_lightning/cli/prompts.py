@@ -74,10 +74,9 @@ def _all_batches(
     **more: Any,
 ) -> list[Any]:
     # Validation is what a DataModule reads whole and in order.
-    fields = [row.fields for row in rows]
     data = data_module(
-        fields,
-        val_path=fields,
+        rows,
+        val_path=rows,
         tokenizer=tokenizer,
         prompt_template=settings["prompt_template"],
         batch_size=settings["batch_size"],

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from rlhf_lightning.cli.checks import Config
-from rlhf_lightning.cli.interrupts import NotResumable
 from rlhf_lightning.cli.progress import Progress
+from rlhf_lightning.errors import NotResumable
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,6 @@ from typing import Any
 
 from rlhf_lightning.errors import InputError
 
-Source = str | Path | Iterable[Mapping[str, Any]]
-"""A file, a folder, a hub name, or rows in memory (a list of dictionaries, a `datasets.Dataset`)."""
-
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -24,6 +21,10 @@ class Row:
     """Where it stands, for messages: ``file:line``."""
 
 
+Source = str | Path | Iterable[Mapping[str, Any] | Row]
+"""A file, a folder, a hub name, or rows in memory (a list of dictionaries, a `datasets.Dataset`, rows read before)."""
+
+
 def read_rows(path: Source, *, split: str = "train", setting: str = "data.path") -> list[Row]:
     """Return the rows of a .jsonl, .json, .csv or .parquet file, of such a file in a folder, of the hub, or in memory.
 
@@ -31,7 +32,8 @@ def read_rows(path: Source, *, split: str = "train", setting: str = "data.path")
     call the path. Raises `InputError` where there is nothing to read, or something that is not a row.
     """
     if not isinstance(path, str | Path):
-        rows = [Row(fields, f"row {i} of {setting}") for i, fields in enumerate(path)]
+        given = enumerate(path)
+        rows = [row if isinstance(row, Row) else Row(row, f"row {i} of {setting}") for i, row in given]
     elif Path(path).expanduser().exists() or _looks_like_a_file(path):
         rows = list(_read_file(local_file(path, split=split, suffixes=SUFFIXES, setting=setting), setting))
     else:

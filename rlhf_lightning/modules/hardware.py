@@ -17,6 +17,13 @@ SupervisedOptimizerName = Literal[OptimizerName, "muon"]
 """The same, and Muon for matrices (Jordan et al. 2024)."""
 BITSANDBYTES_DEVICES = ("cpu", "cuda")
 
+_PAGED = "paged_"
+
+
+def has_same_state(one: str, other: str) -> bool:
+    """Return whether an optimizer can go on from the state of another: paged or not, it is the same."""
+    return one.removeprefix(_PAGED) == other.removeprefix(_PAGED)
+
 
 class Trained(Protocol):
     """A module with one trained network."""

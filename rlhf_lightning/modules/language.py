@@ -13,19 +13,20 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, distributed, nn
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from rlhf_lightning.callbacks import ExactResume
-from rlhf_lightning.errors import InputError, check_choice, check_number
+from rlhf_lightning.errors import InputError, NotResumable, check_choice, check_number
 from rlhf_lightning.functional.dtensors import whole
 from rlhf_lightning.functional.muon import by_kind
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
 from rlhf_lightning.modules import replay
 from rlhf_lightning.modules.finite import BadUpdates
-from rlhf_lightning.modules.hardware import OptimizerName, SupervisedOptimizerName, check_hardware
+from rlhf_lightning.modules.hardware import OptimizerName, SupervisedOptimizerName, check_hardware, has_same_state
 from rlhf_lightning.modules.muon import MuonWithAdamW
 from rlhf_lightning.modules.sharding import check_mesh, gathered_state
 from rlhf_lightning.networks import (
@@ -193,18 +194,28 @@ class LanguageModule(LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add of which stage it is, and how many updates were skipped."""
+        """Add of which stage it is, by which optimizer, and how many updates were skipped."""
         checkpoint["stage"] = self.stage
+        checkpoint["optimizer"] = self.optimizer
         checkpoint["bad_updates"] = self.bad_updates.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from what `on_save_checkpoint` added; raises `InputError` where it is of another stage or version."""
+        """Go on from what `on_save_checkpoint` added.
+
+        Raises `NotResumable` where it is of another stage, of another version, or to train on, of another optimizer.
+        """
         if "stage" not in checkpoint or checkpoint["stage"] != self.stage:
             found = f"of stage {checkpoint['stage']}" if "stage" in checkpoint else "not of this version of the package"
-            raise InputError(
+            raise NotResumable(
                 f"ckpt_path: the checkpoint is {found}, and {type(self).__name__} goes on from one of stage "
                 f"{self.stage} only; to start from what another run trained, pass its exported folder as "
                 "network.pretrained, and ckpt_path=null"
+            )
+        trains = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if trains and not has_same_state(wrote := checkpoint.get("optimizer", self.optimizer), self.optimizer):
+            raise NotResumable(
+                f"ckpt_path: the checkpoint was written with optimizer={wrote}, from whose state {self.optimizer} "
+                f"cannot go on; pass module.optimizer={wrote}, in Python optimizer={wrote!r}"
             )
         self.bad_updates.load_state_dict(checkpoint["bad_updates"])
 
@@ -254,7 +265,7 @@ class LanguageModule(LightningModule):
         return {name: state[name] for name in self.changed_by_training(state)}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` returned; raises `InputError` where a weight is missing, unknown or of other shape."""
+        """Load what `state_dict` returned; raises `NotResumable` where a weight is missing, unknown or misshapen."""
         try:
             keys = super().load_state_dict(state_dict, strict=False, assign=assign)
         except RuntimeError as error:
@@ -264,8 +275,8 @@ class LanguageModule(LightningModule):
             raise self._does_not_fit(f"missing {_first(missing)}, unexpected {_first(keys.unexpected_keys)}")
         return keys
 
-    def _does_not_fit(self, reason: str) -> InputError:
-        return InputError(
+    def _does_not_fit(self, reason: str) -> NotResumable:
+        return NotResumable(
             f"ckpt_path: the checkpoint does not fit {type(self).__name__}: {reason}; pass the settings of the run "
             "that wrote it (network, network.lora, module)"
         )

@@ -367,6 +367,10 @@ def _loaded(
         return ModelReward(reward, tokenizer or policy_tokenizer, policy_tokenizer, micro_batch_size=micro_batch_size)
     if isinstance(reward, str) and ":" in reward and not Path(reward).exists():
         return FunctionReward(import_function(reward))
+    if isinstance(reward, str | Path) and Path(reward).suffix == ".py":
+        raise InputError(
+            f"reward={reward} is a file without the name of a function in it: write reward={reward}:FUNCTION"
+        )
     if isinstance(reward, str | Path | NetworkConfig):
         model = load_reward_model(reward, trained=True, backbone=backbone)
         return ModelReward(model, load_tokenizer(reward), policy_tokenizer, micro_batch_size=micro_batch_size)

@@ -3,7 +3,8 @@ import sys
 import pytest
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from rlhf_lightning.cli.interrupts import NOTHING_KEPT, NotResumable, Stopped, resumable, this_command
+from rlhf_lightning.cli.interrupts import NOTHING_KEPT, Stopped, resumable, this_command
+from rlhf_lightning.errors import NotResumable
 
 
 def test_error_that_is_not_the_users_carries_the_hint_below_its_traceback() -> None:

@@ -66,3 +66,9 @@ def test_comparisons_come_in_batches_of_prompts(tmp_path: Path, tiny_model: Path
     batches = comparison_batches(load_tokenizer(tiny_model), settings)
     assert [len(batch) for batch in batches] == [5, 5]
     assert batches[0].ranks.tolist() == [0, 1, 2, 0, 1]
+
+
+def test_a_row_that_is_no_comparison_is_named_by_file_and_line(rows: Path, tiny_model: Path) -> None:
+    settings = {**SETTINGS, "reward_data": {"path": str(rows)}}
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: a row needs prompt, chosen and rejected"):
+        comparison_batches(load_tokenizer(tiny_model), settings)

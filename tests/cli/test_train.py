@@ -290,6 +290,18 @@ def test_a_run_that_trains_nothing_says_so_and_what_the_trainer_refuses_is_one_l
         assert wrong.partition("=")[0].partition("trainer.")[2] in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_does_not_fit_is_not_what_to_go_on_with(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", "output_dir=out", *QUIET]
+    assert run_verb("train", arguments) == 0
+    capsys.readouterr()
+    assert run_verb("train", [*arguments, "ckpt_path=last", "module.optimizer=muon"]) == 2
+    said = capsys.readouterr().err
+    assert "pass module.optimizer=adamw" in said
+    assert "go on with" not in said
+
+
 def test_weights_alone_are_not_what_a_run_goes_on_from(tmp_path: Path) -> None:
     torch.save({"state_dict": {"weight": torch.ones(2)}}, tmp_path / "weights.ckpt")
     with pytest.raises(InputError, match=r"weights\.ckpt is no checkpoint of a training run.*network\.pretrained"):

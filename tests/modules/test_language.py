@@ -8,7 +8,7 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 
 from rlhf_lightning.data import PPODataModule, RewardDataModule, SFTDataModule
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, NotResumable
 from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.modules.language import LanguageModule
 from rlhf_lightning.types import ComparisonBatch, SFTBatch
@@ -225,6 +225,21 @@ def test_a_checkpoint_of_another_network_is_refused_with_the_first_weight_that_d
         with pytest.raises(InputError, match=rf"does not fit SFTModule: {found}") as error:
             trainer(max_steps=2).fit(module, datamodule=data, ckpt_path=file)
         assert len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize(("wrote", "reads"), [("adamw", "muon"), ("muon", "adamw"), ("adamw", "adamw_8bit")])
+def test_a_checkpoint_of_another_optimizer_is_refused_by_its_name(
+    wrote: str, reads: str, written: Any, trainer: Callable[..., Trainer], policy: Callable[..., Any], tokenizer: Any
+) -> None:
+    file = written("sft", optimizer=wrote)
+    module, data = made("sft", policy(), tokenizer, optimizer=reads)
+    message = f"written with optimizer={wrote}, from whose state {reads} cannot go on; pass module.optimizer={wrote}"
+    with pytest.raises(NotResumable, match=message):
+        trainer(max_steps=2).fit(module, datamodule=data, ckpt_path=file)
+    # What is trained no further has no use for the state.
+    trainer(limit_val_batches=1).validate(
+        module, datamodule=SFTDataModule(ROWS, val_path=ROWS), ckpt_path=file, verbose=False
+    )
 
 
 def test_a_checkpoint_of_a_version_that_kept_something_else_is_refused(

@@ -332,6 +332,7 @@ def test_a_function_in_a_package_is_named_with_a_colon(
         ("{folder}/my_rewards.py:shorter", "names 'shorter', which .*my_rewards.py does not define"),
         ("math:shorter", "names 'shorter', which math does not define"),
         ("{folder}/my_rewards.py:number", "number"),
+        ("{folder}/my_rewards.py", "without the name of a function in it: write reward=.*my_rewards.py:FUNCTION"),
     ],
 )
 @pytest.mark.usefixtures("file")
