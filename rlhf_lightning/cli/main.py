@@ -24,7 +24,7 @@ verbs
 
 examples
   rlhf pipeline
-  rlhf train module=sft network.pretrained=gpt2 data.path=demonstrations.jsonl
+  rlhf train module=sft network.pretrained=gpt2 'network.pad_token="<|pad|>"' data.path=demonstrations.jsonl
   rlhf preflight module=ppo network.pretrained=out/sft module.reward=out/reward data.path=prompts.jsonl
   rlhf train module=ppo network.pretrained=out/sft module.reward=out/reward data.path=prompts.jsonl
   rlhf train -m module.beta=0.02,0.05,0.1 module=ppo ...     a sweep

@@ -416,7 +416,7 @@ def check_optimization(
     for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
         check_number(name, value)
         if not 0 <= value < math.inf:
-            raise InputError(f"{name}={value} must not be negative, and finite")
+            raise InputError(f"{name}={value} must be finite and not negative")
     if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
         raise InputError(f"warmup_steps={warmup_steps} must be a whole number, 0 or more")
     check_number("warmup_from", warmup_from)

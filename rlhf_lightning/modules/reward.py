@@ -125,7 +125,7 @@ class RewardModule(LanguageModule):
         for name, value in {"lm_coef": lm_coef, "margin_coef": margin_coef}.items():
             check_number(name, value)
             if not 0 <= value < math.inf:
-                raise InputError(f"{name}={value} must not be negative, and finite")
+                raise InputError(f"{name}={value} must be finite and not negative")
         super().__init__(model, tokenizer, max_bad_updates=max_bad_updates)
         self.without_effect = idle_settings(locals(), RewardModule)
         # Without dropout: the scores that are compared belong to one function (Huang et al. 2024).

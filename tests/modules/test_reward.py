@@ -162,7 +162,7 @@ def test_a_ranking_can_count_as_a_whole(make: Callable[..., RewardModule], class
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"learning_rate": -1.0}, r"learning_rate=-1\.0 must not be negative, and finite"),
+        ({"learning_rate": -1.0}, r"learning_rate=-1\.0 must be finite and not negative"),
         ({"lr_floor": 2.0}, r"lr_floor=2\.0 must lie in \[0, 1\]"),
         ({"optimizer": "sgd"}, "optimizer=sgd must be one of adamw, adamw_8bit, paged_adamw_8bit, muon"),
         ({"head_init": "big"}, "head_init=big must be one of unit, small"),
@@ -172,7 +172,7 @@ def test_a_ranking_can_count_as_a_whole(make: Callable[..., RewardModule], class
         ({"lm_coef": "0.1"}, "lm_coef='0.1' must be a number"),
         ({"margin_coef": "1"}, "margin_coef='1' must be a number"),
         *(
-            ({name: wrong}, f"{name}={wrong} must not be negative, and finite")
+            ({name: wrong}, f"{name}={wrong} must be finite and not negative")
             for name in ("margin_coef", "lm_coef")
             for wrong in (-0.5, float("nan"), float("inf"))
         ),
@@ -372,7 +372,7 @@ def test_the_next_token_loss_has_its_weight_in_the_gradient(
 def test_the_next_token_loss_needs_output_embeddings(make: Callable[..., RewardModule]) -> None:
     with pytest.raises(InputError, match="tie_word_embeddings"):
         make(lm_coef=0.1)
-    with pytest.raises(InputError, match=r"lm_coef=-0\.1 must not be negative"):
+    with pytest.raises(InputError, match=r"lm_coef=-0\.1 must be finite and not negative"):
         make(lm_coef=-0.1)
 
 

@@ -202,8 +202,8 @@ def test_dropout_is_set_for_every_layer_and_off_in_validation(policy: Callable[.
         ({"dropout": 1.0}, r"dropout=1\.0 must lie in"),
         ({"lr_floor": -0.1}, r"lr_floor=-0\.1 must lie in \[0, 1\]"),
         ({"lr_schedule": "step"}, "lr_schedule=step must be one of constant, linear, cosine"),
-        ({"learning_rate": float("nan")}, "learning_rate=nan must not be negative, and finite"),
-        ({"weight_decay": -1.0}, r"weight_decay=-1\.0 must not be negative, and finite"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be finite and not negative"),
+        ({"weight_decay": -1.0}, r"weight_decay=-1\.0 must be finite and not negative"),
         ({"warmup_steps": 1.5}, r"warmup_steps=1\.5 must be a whole number, 0 or more"),
         ({"warmup_steps": True}, "warmup_steps=True must be a whole number, 0 or more"),
         ({"warmup_from": 1.0}, r"warmup_from=1\.0 must lie in \[0, 1\)"),
@@ -226,7 +226,7 @@ def test_a_setting_that_cannot_be_had_is_an_input_error(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"learning_rate": -1.0}, r"learning_rate=-1\.0 must not be negative"),
+        ({"learning_rate": -1.0}, r"learning_rate=-1\.0 must be finite and not negative"),
         ({"dropout": 1.0}, r"dropout=1\.0 must lie in"),
         ({"optimizer": "sgd"}, "optimizer=sgd must be one of adamw, adamw_8bit, paged_adamw_8bit, muon"),
         ({"max_bad_updates": 0}, "max_bad_updates=0 must be a whole number, 1 or more"),
