@@ -15,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIG_PATH = "pkg://rlhf_lightning.conf"
+TRAINER = "trainer"
+"""The group whose configs show a part of what its target takes."""
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)
 """What Hydra raises where a command line makes no config; the last for a group that is null."""
 
@@ -87,7 +89,16 @@ def _message(verb: str, loader: ConfigLoaderImpl, config: DictConfig, override: 
     if elsewhere is not None:
         return elsewhere
     near = did_you_mean(override.key_or_group, [*keys, *loader.list_groups("")])
-    return f"{override.key_or_group} is not a setting of `rlhf {verb}`{near}"
+    return f"{override.key_or_group} is not a setting of `rlhf {verb}`{near}{_of_the_trainer(override, near)}"
+
+
+def _of_the_trainer(override: Override, before: str) -> str:
+    """Return how an argument of the Trainer is added that no config shows, to stand behind what was said before."""
+    group, _, name = override.key_or_group.partition(".")
+    if group != TRAINER or not name:
+        return ""
+    end = "" if before else "."
+    return f"{end} Any other argument of lightning.Trainer is added by a plus: +{override.input_line}"
 
 
 def _elsewhere(verb: str, loader: ConfigLoaderImpl, config: DictConfig, override: Override) -> str | None:

@@ -17,6 +17,16 @@ from rlhf_lightning.cli.suggestions import did_you_mean, explain, flat_keys
         (["data.opening_tokens=4"], "data.opening_tokens is a setting of module=ppo; this run has module=sft"),
         (["network.lora.r=4"], "network.lora.r is a setting of network=lora; this run has network=default"),
         (["module=pppo"], "module=pppo is not an option; did you mean module=ppo? (there are: "),
+        (
+            ["trainer.max_stepss=[1,2]"],
+            "trainer.max_stepss is not a setting of `rlhf train`; did you mean trainer.max_steps? Any other argument "
+            "of lightning.Trainer is added by a plus: +trainer.max_stepss=[1,2]",
+        ),
+        (
+            ["trainer.qqqqqqqqqqqqqqqqqqqqqqqq=1"],
+            "trainer.qqqqqqqqqqqqqqqqqqqqqqqq is not a setting of `rlhf train`. Any other argument of "
+            "lightning.Trainer is added by a plus",
+        ),
         (["qqq=1"], "qqq is not a setting of `rlhf train`"),
         # The choice of a group comes first, wherever it stands: only PPO has a beta.
         (
