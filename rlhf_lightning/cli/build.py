@@ -14,6 +14,7 @@ from rlhf_lightning.errors import InputError
 INSTEAD = {
     "AMP with fp16 is not supported on CPU": "precision=16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true",
     "Bitsandbytes is only supported on CUDA": "BitsandbytesPrecision needs a GPU; network.quantization does not",
+    "No supported gpu backend found": "torch sees no GPU (accelerator=gpu); on a CPU use trainer=cpu or ddp_cpu",
     "Neither `tensorboard` nor": "TensorBoardLogger needs the extra: pip install rlhf-lightning[tensorboard]",
 }
 """What to take instead of what Lightning warns of, going on with something else, or refuses without saying."""

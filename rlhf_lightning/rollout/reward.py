@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -80,6 +81,11 @@ class FunctionReward(Reward):
         The function works on copies, which it may change.
         """
         name = _name(self.function)
+        if untaken := _untaken(self.function, rollout.columns):
+            raise InputError(
+                f"reward function {name} does not take the rows' columns {', '.join(untaken)}: give it a parameter of "
+                "each name, or **columns for all that it has no use for"
+            )
         try:
             found = self.function(*deepcopy((rollout.prompts, rollout.responses)), **deepcopy(rollout.columns))
         except (Exception, SystemExit) as error:
@@ -487,6 +493,19 @@ def _finite(score: Any, name: str, row: int) -> float:
 
 def _name(function: Any) -> str:
     return str(function.__qualname__) if isinstance(function, type(_name)) else repr(function)
+
+
+def _untaken(function: Any, names: Iterable[str]) -> list[str]:
+    """Return which keyword arguments a function has no parameter for; none where it does not say what it takes."""
+    try:
+        parameters = signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
+        return []
+    by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    taken = {parameter.name for parameter in parameters if parameter.kind in by_name}
+    return [name for name in names if name not in taken]
 
 
 def _where(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf_lightning.cli.build import build, build_all
 from rlhf_lightning.errors import InputError
@@ -64,6 +65,12 @@ def test_lightnings_quantisation_on_a_cpu_is_an_input_error_with_ours() -> None:
     node = {"_target_": "lightning.Trainer", "accelerator": "cpu", "plugins": [plugin]}
     with pytest.raises(InputError, match=r"trainer: BitsandbytesPrecision needs a GPU; network\.quantization does not"):
         build("trainer", node)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_an_input_error_with_what_runs_without() -> None:
+    with pytest.raises(InputError, match=r"trainer: torch sees no GPU .* on a CPU use trainer=cpu"):
+        build("trainer", {"_target_": "lightning.Trainer", "accelerator": "gpu"})
 
 
 def test_what_the_trainer_refuses_is_an_input_error() -> None:

@@ -163,7 +163,7 @@ def assert_same_runs(one: str, other: str) -> None:
     ("stage", "stop", "more"),
     [
         ("sft", 5, ["data.num_workers=1"]),
-        ("sft", 8, ["+trainer.accumulate_grad_batches=2", "trainer.max_epochs=4"]),
+        ("sft", 8, ["trainer.accumulate_grad_batches=2", "trainer.max_epochs=4"]),
         ("reward", 10, []),
         ("ppo", 7, []),
         ("sft", 4, TWO_PROCESSES),

@@ -103,8 +103,15 @@ def test_an_exception_of_the_function_names_function_error_and_line(sequences: R
 
 
 def test_a_function_that_does_not_take_a_column_is_told_so(rollout: Callable[..., Rollout]) -> None:
-    with pytest.raises(InputError, match="unexpected keyword argument 'wanted'"):
-        FunctionReward(lambda prompts, responses: [0.0] * 3)(rollout(PROMPTS, RESPONSES, wanted=[1, 2, 3]))
+    made = rollout(PROMPTS, RESPONSES, wanted=[1, 2, 3], topic=["a", "b", "c"])
+    message = r"lambda.* does not take the rows' columns wanted, topic: give it a parameter .* or \*\*columns"
+    with pytest.raises(InputError, match=message):
+        FunctionReward(lambda prompts, responses: [0.0] * 3)(made)
+    with pytest.raises(InputError, match="does not take the rows' columns topic:"):
+        FunctionReward(lambda prompts, responses, *, wanted: [0.0] * 3)(made)
+    # What does not say what it takes is called.
+    with pytest.raises(InputError, match=r"dict.* raised TypeError"):
+        FunctionReward(dict)(made)
 
 
 # A reward model --------------------------------------------------------------
