@@ -55,7 +55,7 @@ class ExactResume(Callback):
             if (before := state.get("batches_of_epoch", trainer.num_training_batches)) != trainer.num_training_batches:
                 log.warning(
                     "the checkpoint was written where an epoch has %s batches, and here it has %s: the run goes on "
-                    "with other rows, and skips as many of this epoch as it had read of the others",
+                    "with other batches, and skips as many of this epoch as had been read",
                     before,
                     trainer.num_training_batches,
                 )

@@ -139,13 +139,13 @@ def test_another_number_of_processes_is_said(tmp_path: Path, caplog: pytest.LogC
     torch.save(state, path)
     fit(Noisy(), ResumeCheckpoint(tmp_path), ckpt_path=path, max_steps=4)
     assert "written by 2 processes and is read by 1" in caplog.text
-    assert "other rows" not in caplog.text
+    assert "other batches" not in caplog.text
 
 
 @pytest.mark.parametrize("batches", [3, 4])
-def test_other_rows_are_said(batches: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_batches_are_said(batches: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fit(Noisy(), ResumeCheckpoint(tmp_path), max_steps=2, limit_train_batches=3)
     path = newest_whole(tmp_path)
     fit(Noisy(), ResumeCheckpoint(tmp_path), ckpt_path=path, max_steps=4, limit_train_batches=batches)
-    said = "written where an epoch has 3 batches, and here it has 4: the run goes on with other rows"
+    said = "written where an epoch has 3 batches, and here it has 4: the run goes on with other batches"
     assert (said in caplog.text) == (batches == 4)
