@@ -1,5 +1,6 @@
 """The error that a user can mend, and what every part checks of a number."""
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -19,6 +20,13 @@ def check_number(name: str, value: object, *, whole: bool = False) -> None:
     """Raise `InputError` where a setting is no number: a text, true, a list."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         raise InputError(f"{name}={value!r} must be a {'whole ' if whole else ''}number")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raise `InputError` where a setting is no number, below 0, NaN or infinite."""
+    check_number(name, value)
+    if not 0 <= value < math.inf:
+        raise InputError(f"{name}={value} must be finite and not negative")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -3,12 +3,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_lightning.errors import InputError, check_number, check_seed
+from rlhf_lightning.errors import InputError, check_not_negative, check_number, check_seed
 
 
 def test_an_input_error_is_a_value_error_with_its_message() -> None:
     with pytest.raises(ValueError, match="beta=-1 must not be negative"):
         raise InputError("beta=-1 must not be negative")
+
+
+@pytest.mark.parametrize("value", [-1e-9, float("nan"), float("inf")])
+def test_what_is_negative_or_not_finite_is_refused_with_its_name(value: float) -> None:
+    check_not_negative("rate", 0)
+    with pytest.raises(InputError, match=f"^rate={value} must be finite and not negative$"):
+        check_not_negative("rate", value)
 
 
 @pytest.mark.parametrize("value", ["1", True, None, [1.0], 1j])

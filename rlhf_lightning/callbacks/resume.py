@@ -52,12 +52,14 @@ class ExactResume(Callback):
             return
         if len(state["random_states"]) == trainer.world_size:
             set_random_state(state["random_states"][trainer.global_rank], pl_module.device)
-            if (before := state.get("batches_of_epoch", trainer.num_training_batches)) != trainer.num_training_batches:
+            now = trainer.num_training_batches
+            before = state.get("batches_of_epoch", now)
+            if before != now:
                 log.warning(
                     "the checkpoint was written where an epoch has %s batches, and here it has %s: the run goes on "
                     "with other batches, and skips as many of this epoch as had been read",
                     before,
-                    trainer.num_training_batches,
+                    now,
                 )
         else:
             log.warning(

@@ -15,8 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIG_PATH = "pkg://rlhf_lightning.conf"
-TRAINER = "trainer"
-"""The group whose configs show a part of what its target takes."""
+BY_A_PLUS = "Arguments of lightning.Trainer that no config shows are added by a plus: +trainer.limit_train_batches=10"
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)
 """What Hydra raises where a command line makes no config; the last for a group that is null."""
 
@@ -89,16 +88,8 @@ def _message(verb: str, loader: ConfigLoaderImpl, config: DictConfig, override: 
     if elsewhere is not None:
         return elsewhere
     near = did_you_mean(override.key_or_group, [*keys, *loader.list_groups("")])
-    return f"{override.key_or_group} is not a setting of `rlhf {verb}`{near}{_of_the_trainer(override, near)}"
-
-
-def _of_the_trainer(override: Override, before: str) -> str:
-    """Return how an argument of the Trainer is added that no config shows, to stand behind what was said before."""
-    group, _, name = override.key_or_group.partition(".")
-    if group != TRAINER or not name:
-        return ""
-    end = "" if before else "."
-    return f"{end} Any other argument of lightning.Trainer is added by a plus: +{override.input_line}"
+    said = f"{override.key_or_group} is not a setting of `rlhf {verb}`{near}"
+    return f"{said}{'' if near else '.'} {BY_A_PLUS}" if override.key_or_group.startswith("trainer.") else said
 
 
 def _elsewhere(verb: str, loader: ConfigLoaderImpl, config: DictConfig, override: Override) -> str | None:

@@ -32,8 +32,7 @@ def read_rows(path: Source, *, split: str = "train", setting: str = "data.path")
     call the path. Raises `InputError` where there is nothing to read, or something that is not a row.
     """
     if not isinstance(path, str | Path):
-        given = enumerate(path)
-        rows = [row if isinstance(row, Row) else Row(row, f"row {i} of {setting}") for i, row in given]
+        rows = [row if isinstance(row, Row) else Row(row, f"row {i} of {setting}") for i, row in enumerate(path)]
     elif Path(path).expanduser().exists() or _looks_like_a_file(path):
         rows = list(_read_file(local_file(path, split=split, suffixes=SUFFIXES, setting=setting), setting))
     else:

@@ -1,7 +1,6 @@
 """What the three stages share: a Hugging Face network with its tokenizer, and the way to write it back."""
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from rlhf_lightning.callbacks import ExactResume
-from rlhf_lightning.errors import InputError, NotResumable, check_choice, check_number
+from rlhf_lightning.errors import InputError, NotResumable, check_choice, check_not_negative, check_number
 from rlhf_lightning.functional.dtensors import whole
 from rlhf_lightning.functional.muon import by_kind
 from rlhf_lightning.functional.schedules import Schedule, learning_rate_factor
@@ -212,7 +211,8 @@ class LanguageModule(LightningModule):
                 "network.pretrained, and ckpt_path=null"
             )
         trains = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if trains and not has_same_state(wrote := checkpoint.get("optimizer", self.optimizer), self.optimizer):
+        wrote = checkpoint.get("optimizer", self.optimizer)
+        if trains and not has_same_state(wrote, self.optimizer):
             raise NotResumable(
                 f"ckpt_path: the checkpoint was written with optimizer={wrote}, from whose state {self.optimizer} "
                 f"cannot go on; pass module.optimizer={wrote}, in Python optimizer={wrote!r}"
@@ -414,9 +414,7 @@ def check_optimization(
     if not 0 <= lr_floor <= 1:
         raise InputError(f"lr_floor={lr_floor} must lie in [0, 1]")
     for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
-        check_number(name, value)
-        if not 0 <= value < math.inf:
-            raise InputError(f"{name}={value} must be finite and not negative")
+        check_not_negative(name, value)
     if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
         raise InputError(f"warmup_steps={warmup_steps} must be a whole number, 0 or more")
     check_number("warmup_from", warmup_from)

@@ -1,7 +1,6 @@
 """The reward model: from comparisons to one score per response."""
 
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -15,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
-from rlhf_lightning.errors import InputError, check_choice, check_number, check_seed
+from rlhf_lightning.errors import InputError, check_choice, check_not_negative, check_seed
 from rlhf_lightning.functional.head_logprobs import head_logprobs
 from rlhf_lightning.functional.losses import k_wise_loss, pairwise_logistic_loss, ranked_pairs, ranking_loss
 from rlhf_lightning.functional.masking import last_index
@@ -123,9 +122,7 @@ class RewardModule(LanguageModule):
         check_choice("head_init", head_init, get_args(HeadInit))
         check_choice("ranking_loss", ranking_loss, get_args(RankingLoss))
         for name, value in {"lm_coef": lm_coef, "margin_coef": margin_coef}.items():
-            check_number(name, value)
-            if not 0 <= value < math.inf:
-                raise InputError(f"{name}={value} must be finite and not negative")
+            check_not_negative(name, value)
         super().__init__(model, tokenizer, max_bad_updates=max_bad_updates)
         self.without_effect = idle_settings(locals(), RewardModule)
         # Without dropout: the scores that are compared belong to one function (Huang et al. 2024).

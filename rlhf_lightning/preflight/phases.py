@@ -180,7 +180,7 @@ def _step_once(network: nn.Module) -> None:
     """Find the directions of Muon; all else is stepped in place."""
     trained = [weight for weight in network.parameters() if weight.grad is not None]
     matrices, _ = by_kind(trained, embeddings_and_heads(network))
-    for _ in directions(matrices, lambda weight: torch.empty_like(weight)):
+    for _ in directions(matrices, torch.empty_like):
         pass
 
 

@@ -81,14 +81,14 @@ class FunctionReward(Reward):
         The function works on copies, which it may change.
         """
         name = _name(self.function)
-        if untaken := _untaken(self.function, rollout.columns):
-            raise InputError(
-                f"reward function {name} does not take the rows' columns {', '.join(untaken)}: give it a parameter of "
-                "each name, or **columns for all that it has no use for"
-            )
         try:
             found = self.function(*deepcopy((rollout.prompts, rollout.responses)), **deepcopy(rollout.columns))
         except (Exception, SystemExit) as error:
+            if untaken := _untaken(self.function, rollout.columns):
+                raise InputError(
+                    f"reward function {name} does not take the rows' columns {', '.join(untaken)}: give it a parameter "
+                    "of each name, or **columns for all that it has no use for"
+                ) from error
             raise InputError(f"reward function {name} raised {_where(error)}") from error
         # The elements of these are no scores, or in no order.
         if isinstance(found, str | bytes | Mapping | Set) or not isinstance(found, Iterable | Tensor):
@@ -498,7 +498,8 @@ def _name(function: Any) -> str:
 def _untaken(function: Any, names: Iterable[str]) -> list[str]:
     """Return which keyword arguments a function has no parameter for; none where it does not say what it takes."""
     try:
-        parameters = signature(function).parameters.values()
+        # What stands around a function may take more than it.
+        parameters = signature(function, follow_wrapped=False).parameters.values()
     except (TypeError, ValueError):
         return []
     if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):

@@ -1,7 +1,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf_lightning.cli.suggestions import did_you_mean, explain, flat_keys
+from rlhf_lightning.cli.suggestions import BY_A_PLUS, did_you_mean, explain, flat_keys
 
 
 @pytest.mark.parametrize(
@@ -18,15 +18,10 @@ from rlhf_lightning.cli.suggestions import did_you_mean, explain, flat_keys
         (["network.lora.r=4"], "network.lora.r is a setting of network=lora; this run has network=default"),
         (["module=pppo"], "module=pppo is not an option; did you mean module=ppo? (there are: "),
         (
-            ["trainer.max_stepss=[1,2]"],
-            "trainer.max_stepss is not a setting of `rlhf train`; did you mean trainer.max_steps? Any other argument "
-            "of lightning.Trainer is added by a plus: +trainer.max_stepss=[1,2]",
+            ["trainer.max_stepss=1"],
+            f"trainer.max_stepss is not a setting of `rlhf train`; did you mean trainer.max_steps? {BY_A_PLUS}",
         ),
-        (
-            ["trainer.qqqqqqqqqqqqqqqqqqqqqqqq=1"],
-            "trainer.qqqqqqqqqqqqqqqqqqqqqqqq is not a setting of `rlhf train`. Any other argument of "
-            "lightning.Trainer is added by a plus",
-        ),
+        (["trainer.qqqqqqqqqqqqqqqqqq=1"], f"trainer.qqqqqqqqqqqqqqqqqq is not a setting of `rlhf train`. {BY_A_PLUS}"),
         (["qqq=1"], "qqq is not a setting of `rlhf train`"),
         # The choice of a group comes first, wherever it stands: only PPO has a beta.
         (

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
-from rlhf_lightning.modules.hardware import check_hardware
+from rlhf_lightning.modules.hardware import SupervisedOptimizerName, check_hardware, has_same_state
 from rlhf_lightning.networks import LoRA, NetworkConfig
 from rlhf_lightning.types import PromptBatch, SFTBatch
 
@@ -24,6 +24,13 @@ pytestmark = [
 TOKENS = torch.tensor([[5, 9, 7, 30, 2, 1], [8, 4, 11, 12, 13, 1]])
 ALL = torch.ones(2, 6, dtype=torch.bool)
 BATCH = SFTBatch(tokens=TOKENS, attention_mask=ALL, loss_mask=ALL)
+
+
+def test_the_state_of_an_optimizer_is_its_own_whether_paged_or_not() -> None:
+    names = get_args(SupervisedOptimizerName)
+    alike = {(one, other) for one in names for other in names if one < other and has_same_state(one, other)}
+    assert alike == {("adamw_8bit", "paged_adamw_8bit")}
+    assert all(has_same_state(name, name) for name in names)
 
 
 def test_paged_moments_are_refused_on_a_cpu(tiny_model: Path, fit: Callable[..., Any], prompts: PromptBatch) -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,14 @@ def test_an_exception_of_the_function_names_function_error_and_line(sequences: R
     assert isinstance(error.value.__cause__, KeyError)
 
 
+def around(function: Callable[..., list[float]]) -> Callable[..., list[float]]:
+    @wraps(function)
+    def called(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+        return function(prompts, responses)
+
+    return called
+
+
 def test_a_function_that_does_not_take_a_column_is_told_so(rollout: Callable[..., Rollout]) -> None:
     made = rollout(PROMPTS, RESPONSES, wanted=[1, 2, 3], topic=["a", "b", "c"])
     message = r"lambda.* does not take the rows' columns wanted, topic: give it a parameter .* or \*\*columns"
@@ -109,7 +118,8 @@ def test_a_function_that_does_not_take_a_column_is_told_so(rollout: Callable[...
         FunctionReward(lambda prompts, responses: [0.0] * 3)(made)
     with pytest.raises(InputError, match="does not take the rows' columns topic:"):
         FunctionReward(lambda prompts, responses, *, wanted: [0.0] * 3)(made)
-    # What does not say what it takes is called.
+    # What stands around a function takes what is called, whatever the function says of itself.
+    assert FunctionReward(around(lambda prompts, responses: [0.0] * 3))(made).tolist() == [0.0] * 3
     with pytest.raises(InputError, match=r"dict.* raised TypeError"):
         FunctionReward(dict)(made)
 
