@@ -65,6 +65,8 @@ def _pinned(value: Any) -> Any:
 
 
 def _pick(value: Any, index: Tensor) -> Any:
+    if value is None:
+        return None
     if isinstance(value, Tensor):
         return value[index.to(value.device)]
     if isinstance(value, Mapping):
@@ -153,6 +155,8 @@ class SampledRollout(Rollout):
 
     sampler_logprobs: Tensor
     """(B, R) log-probabilities of the response tokens as they were drawn, nats; 0 after the end."""
+    sampler_values: Tensor | None = None
+    """(B, R + 1) values of the states before each token and after the last, where the sampler found them."""
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,7 @@ class PPOModule(LanguageModule):
         self._share_made = 1.0
         self._updates_made = 0
         """Of the last rollout."""
+        self._sampler_read_values = False
         self.seen_scores = RunningMoments()
         self.seen_rewards = RunningMoments()
         self.ptx_batches: BatchStream | None = None
@@ -373,7 +374,9 @@ class PPOModule(LanguageModule):
         self.check_minibatches(len(batch))
         self._texts = []
         rollout = self.generate(self.with_samples(batch), self.trainer.global_step)
-        scored = self.score(rollout, logprobs=None if self.rescore else rollout.sampler_logprobs)
+        known = {} if self.rescore else {"logprobs": rollout.sampler_logprobs, "values": rollout.sampler_values}
+        scored = self.score(rollout, **known)
+        self._sampler_read_values = known.get("values") is not None
         parts = self.shaping(scored, self.seen_scores, sum_over_ranks=self.sum_over_ranks)
         experience = self.experience(scored, parts)
         metrics = rollout_metrics(scored, experience, parts, sum_over_ranks=self.sum_over_ranks)
@@ -420,8 +423,9 @@ class PPOModule(LanguageModule):
         passes = self._updates_made * self.minibatch_size / len(rollout)
         scoring = trained
         if not self.rescore:
-            # On one trunk the critic reads it in place of the policy, and needs no vocabulary.
-            scoring = [*([replace(trained[0], head=0)] if self.shares_trunk else []), *trained[1:]]
+            # On one trunk the critic reads it in the policy's place if the sampler did not, and needs no vocabulary.
+            by_critic = self.shares_trunk and not self._sampler_read_values
+            scoring = [*([replace(trained[0], head=0)] if by_critic else []), *trained[1:]]
         reference, *reward_models = frozen
         parts = [sizes.forward(read) for sizes in (trained[0], *scoring, reference)]
         parts += [sizes.forward(scored) for sizes in reward_models]
@@ -453,6 +457,7 @@ class PPOModule(LanguageModule):
                 stop_tokens=self.stop_token_ids,
                 generator=seeded_generator(self.seed, self.global_rank, draw, device=self.device),
                 sampler=self.sampler,
+                value_of=self.critic.value_of if not self.rescore and isinstance(self.critic, TrunkCritic) else None,
             )
 
     def _weights_for_sampling(self, batch: PromptBatch) -> AbstractContextManager[bool]:
@@ -460,8 +465,8 @@ class PPOModule(LanguageModule):
         tokens = len(batch) * (batch.prompt_tokens.shape[1] + self.max_new_tokens)
         return gathered_where_wanted(self.gather_weights, [self.policy], tokens=tokens, device=self.device)
 
-    def score(self, rollout: Rollout, *, logprobs: Tensor | None = None) -> ScoredRollout:
-        """Add log-probabilities, those of the policy where they are not known (B, R), values and scores."""
+    def score(self, rollout: Rollout, *, logprobs: Tensor | None = None, values: Tensor | None = None) -> ScoredRollout:
+        """Add log-probabilities, those of the policy where they are not known (B, R), values (B, R + 1) and scores."""
         with self._phase("scoring", rollout), self._frozen_on_device():
             return score_rollout(
                 rollout,
@@ -473,6 +478,7 @@ class PPOModule(LanguageModule):
                 micro_batch_size=self.micro_batch_size,
                 micro_batch_tokens=self.micro_batch_tokens,
                 logprobs=logprobs,
+                values=values,
             )
 
     def _frozen_on_device(self) -> AbstractContextManager[None]:

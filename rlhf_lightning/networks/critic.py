@@ -98,6 +98,10 @@ class TrunkCritic(nn.Module):
             self._read = None
         else:
             hidden = before.hidden
+        return self.value_of(hidden)
+
+    def value_of(self, hidden: Float[Tensor, "*N H"]) -> Float[Tensor, "*N"]:
+        """Return the values of states that the policy's body has made, in at least float32."""
         return at_least_float32(self.head(hidden).squeeze(-1))
 
     def _keep(self, body: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -1,5 +1,6 @@
 """From prompts to a rollout: responses sampled token by token."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,6 +37,8 @@ class Sampled:
     """What follows a stop token is that token again; R is the length of the longest response."""
     logprobs: Float[Tensor, "B R"]
     """Of each token when it was drawn, nats; what stands behind a stop token means nothing."""
+    values: Float[Tensor, "B R+1"] | None = None
+    """Of the states before each token and after the last, where they were asked for and found."""
 
 
 def generate(
@@ -48,11 +51,12 @@ def generate(
     stop_tokens: list[int],
     generator: torch.Generator,
     sampler: Sampler = "builtin",
+    value_of: Callable[[Tensor], Tensor] | None = None,
 ) -> SampledRollout:
     """Sample one response for each prompt.
 
     A response ends with its first stop token, which belongs to it, or after ``max_new_tokens``; the ids that were
-    sampled are kept as they are and never decoded and encoded again.
+    sampled are kept as they are and never decoded and encoded again. ``value_of`` is that of `sample_tokens`.
     """
     stops = torch.tensor(stop_tokens, device=batch.prompt_tokens.device)
     sampled = sample_tokens(
@@ -64,6 +68,7 @@ def generate(
         stop_tokens=stops,
         generator=generator,
         sampler=sampler,
+        value_of=value_of,
     )
     response_mask = through_first(sampled.tokens, stops)
     response_tokens = sampled.tokens.masked_fill(~response_mask, _pad_token_id(tokenizer))
@@ -76,6 +81,7 @@ def generate(
         ended=is_stop.any(dim=1),
         responses=decode(tokenizer, response_tokens, response_mask & ~is_stop),
         sampler_logprobs=sampled.logprobs.masked_fill(~response_mask, 0.0),
+        sampler_values=sampled.values,
     )
 
 
@@ -89,6 +95,7 @@ def sample_tokens(
     stop_tokens: Int[Tensor, " S"],
     generator: torch.Generator,
     sampler: Sampler = "builtin",
+    value_of: Callable[[Tensor], Tensor] | None = None,
 ) -> Sampled:
     """Sample until every row has a stop token or ``max_new_tokens`` are reached, so R may be smaller than that.
 
@@ -97,8 +104,12 @@ def sample_tokens(
     on its place in the batch, not on the other rows. It samples from networks whose cache holds anything else than keys
     and values of all tokens, and from those whose weights lie in parts on several processes, step by step with the
     cache that they make; `sample_by_transformers` from all that `transformers` can generate with.
+
+    With ``value_of`` the last hidden states (N, H) of the steps are made into values (N,), where the sampler sees them:
+    the built-in one on a CPU, from a network that it does not sample from step by step.
     """
     settings: dict[str, Any] = {"temperature": temperature, "stop_tokens": stop_tokens}
+    values = None
     on_a_gpu = prompt_tokens.is_cuda
     plain_layers = nullcontext() if is_sharded(policy) else stand_ins(policy, keep=on_a_gpu)
     # What is kept for the next rollout is changed in it, which tensors of inference mode may not be.
@@ -108,10 +119,12 @@ def sample_tokens(
             tokens, logprobs = sample_by_transformers(policy, prompt_tokens, prompt_mask, **settings)
         else:
             uniform = noise(len(prompt_tokens), max_new_tokens, generator)
-            plain = sees_all(policy) and not waits_for_others(policy)
-            sample = sample_in_slots if plain else sample_stepwise
-            with fast_weights(policy, rows=len(prompt_tokens), keep=True) if plain else nullcontext():
-                tokens, logprobs = sample(policy, prompt_tokens, prompt_mask, uniform, **settings)
+            if sees_all(policy) and not waits_for_others(policy):
+                settings["value_of"] = value_of
+                with fast_weights(policy, rows=len(prompt_tokens), keep=True):
+                    tokens, logprobs, values = sample_in_slots(policy, prompt_tokens, prompt_mask, uniform, **settings)
+            else:
+                tokens, logprobs = sample_stepwise(policy, prompt_tokens, prompt_mask, uniform, **settings)
     # Up to the end of the longest response, and each ended one filled up.
     ended = torch.isin(tokens, stop_tokens)
     lengths = through_first(tokens, stop_tokens).sum(dim=1)
@@ -119,7 +132,7 @@ def sample_tokens(
     behind = torch.arange(max_new_tokens, device=tokens.device) >= lengths.unsqueeze(1)
     tokens = torch.where(behind & ended.any(dim=1, keepdim=True), last, tokens)
     longest = int(lengths.max())
-    return Sampled(tokens[:, :longest], logprobs[:, :longest])
+    return Sampled(tokens[:, :longest], logprobs[:, :longest], None if values is None else values[:, : longest + 1])
 
 
 def fast_weights(policy: nn.Module, *, rows: int, keep: bool) -> AbstractContextManager[None]:

@@ -1,6 +1,7 @@
 """Sampling in slots: a response that has ended makes place for a prompt that waits."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,14 +37,20 @@ def sample_in_slots(
     *,
     temperature: float,
     stop_tokens: Int[Tensor, " S"],
-) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N"]]:
-    """Return up to N tokens a row, and their log-probabilities; after a stop token there are zeros.
+    value_of: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N"], Float[Tensor, "B N+1"] | None]:
+    """Return up to N tokens a row, their log-probabilities, and values; behind a stop token they mean nothing.
 
-    Neighbouring rows with the same prompt share its reading.
+    Neighbouring rows with the same prompt share its reading. ``value_of`` makes values (N,) of last hidden states
+    (N, H): those that each token is drawn in, and the one after the last, for which a row stays a step longer. Values
+    are None without it, and on a GPU, where steps are recorded.
     """
-    sampling = _Sampling(policy, prompt_tokens, prompt_mask, uniform, temperature, stop_tokens)
-    sampling.run()
-    return sampling.response, sampling.logprobs
+    one_by_one = prompt_tokens.device.type == "cpu"
+    values = None if value_of is None or not one_by_one else _Values(value_of, uniform)
+    sampling = _Sampling(policy, prompt_tokens, prompt_mask, uniform, temperature, stop_tokens, values)
+    with nullcontext() if values is None else values.reading(policy):
+        sampling.run()
+    return sampling.response, sampling.logprobs, None if values is None else values.found
 
 
 def read_prompts(policy: nn.Module, tokens: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"]) -> Any:
@@ -61,6 +68,35 @@ def read_prompts(policy: nn.Module, tokens: Int[Tensor, "B P"], mask: Bool[Tenso
         )
 
 
+class _Values:
+    """Values of the states behind the newest tokens, as the body makes these."""
+
+    def __init__(self, value_of: Callable[[Tensor], Tensor], uniform: Tensor) -> None:
+        self.value_of = value_of
+        self.found = torch.zeros(len(uniform), uniform.shape[1] + 1, device=uniform.device)
+        """(B, N + 1), in at least float32."""
+        self.newest = torch.zeros(0)
+        """Of the rows that were read last."""
+
+    @contextmanager
+    def reading(self, policy: Any) -> Iterator[None]:
+        """Read a value of each row that the policy's body is called with in the block."""
+
+        def keep(_: nn.Module, args: Any, output: Any) -> None:
+            self.newest = self.value_of(output.last_hidden_state[:, -1])
+
+        hook = policy.base_model.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def take(self, rows: Sequence[int], drawn: Tensor, which: Tensor) -> None:
+        """Keep the newest value ``which[i]`` as that of row ``rows[i]`` after ``drawn[i]`` tokens."""
+        self.found = self.found.to(self.newest.dtype)
+        self.found[torch.tensor(rows), drawn] = self.newest[which]
+
+
 class _Sampling:
     """Which row of a rollout is in which slot, and which ones wait."""
 
@@ -72,8 +108,10 @@ class _Sampling:
         uniform: Tensor,
         temperature: float,
         stop_tokens: Tensor,
+        values: _Values | None,
     ) -> None:
         self.policy: Any = policy
+        self.values = values
         self.prompt_tokens, self.prompt_mask, self.uniform = prompt_tokens, prompt_mask, uniform
         self.lengths: list[int] = prompt_mask.sum(dim=1).tolist()
         rows, self.longest = uniform.shape[:2]
@@ -83,6 +121,8 @@ class _Sampling:
         self.occupants: list[int | None] = [None] * slots_of(rows, prompt_tokens.device)
         self.next = [0] * len(self.occupants)
         """Where the newest token of each slot stands while it runs."""
+        self.was_running = torch.zeros(0, dtype=torch.bool)
+        """Which slots were so before the last step: the others have no state left to be read."""
         self.recorder = recorder_of(policy, prompt_tokens.device)
         self.settings = {"temperature": temperature, "stop_tokens": stop_tokens}
 
@@ -92,9 +132,18 @@ class _Sampling:
             self._let_in()
             self._close_up()
             for _ in range(self.recorder.steps_unseen if self._some_run() else 0):
-                self.recorder.step(self.policy, self.slots, len(self.occupants), self._span())
-                self.next = [place + 1 for place in self.next]
+                self._step() if self.values is None else self._step_for(self.values)
             self._let_out()
+
+    def _step(self) -> None:
+        self.recorder.step(self.policy, self.slots, len(self.occupants), self._span())
+        self.next = [place + 1 for place in self.next]
+
+    def _step_for(self, values: _Values) -> None:
+        self.was_running, drawn = (x[: len(self.occupants)].clone() for x in (self.slots.running, self.slots.drawn))
+        self._step()
+        slots, rows = zip(*((slot, row) for slot, row in enumerate(self.occupants) if row is not None), strict=True)
+        values.take(rows, drawn[[*slots]], torch.tensor(slots))
 
     def _some_run(self) -> bool:
         return any(row is not None for row in self.occupants)
@@ -113,7 +162,7 @@ class _Sampling:
         for part in reversed(list(self._readings(rows))):
             into, free = free[: len(part)], free[len(part) :]
             self._read(part, into)
-        if rows:
+        if rows and self.values is None:
             self._let_out()
 
     def _readings(self, rows: list[int]) -> Iterator[list[int]]:
@@ -148,6 +197,8 @@ class _Sampling:
             lengths=mask.sum(dim=1),
             uniform=self.uniform[rows],
         )
+        if self.values is not None:
+            self.values.take(of_rows, torch.zeros_like(which), which)
         for slot, row in zip(into, of_rows, strict=True):
             self.occupants[slot] = row
             self.next[slot] = self.lengths[row]
@@ -162,11 +213,12 @@ class _Sampling:
     def _let_out(self) -> None:
         """Take the responses that have ended out of their slots."""
         require_finite(self.slots.finite)
-        running = self.slots.running[: len(self.occupants)].tolist()
+        # The last state of a row is made in the step after the one in which it ended.
+        kept = (self.slots.running if self.values is None else self.was_running)[: len(self.occupants)].tolist()
         ended = [
             (slot, row)
-            for slot, (row, runs) in enumerate(zip(self.occupants, running, strict=True))
-            if row is not None and not runs
+            for slot, (row, stays) in enumerate(zip(self.occupants, kept, strict=True))
+            if row is not None and not stays
         ]
         if not ended:
             return

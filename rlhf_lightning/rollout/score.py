@@ -74,10 +74,12 @@ def score_rollout(
     micro_batch_size: int,
     micro_batch_tokens: int | None = None,
     logprobs: Float[Tensor, "B R"] | None = None,
+    values: Float[Tensor, "B R+1"] | None = None,
 ) -> ScoredRollout:
     """Add what policy, reference, critic and reward say of the rollout; without a critic all values are 0.
 
-    The policy is not read where its ``logprobs`` are known already. The reference is read at the same temperature as
+    The policy is not read where its ``logprobs`` are known already, nor the critic where the ``values`` are. The
+    reference is read at the same temperature as
     the policy, so that their KL is 0 while they are equal. Log-probabilities are 0 outside of the response mask, values
     outside of the states before and after its tokens.
     """
@@ -86,7 +88,9 @@ def score_rollout(
     dtype = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
     networks = [reference] if logprobs is not None else [policy, reference]
     of_networks = [torch.zeros(sequences, longest, dtype=dtype, device=device) for _ in networks]
-    values = torch.zeros(sequences, longest + 1, dtype=dtype, device=device)
+    of_states = value_mask(rollout.response_mask, after_end=True)
+    known, critic = values, critic if values is None else None
+    values = torch.zeros(of_states.shape, dtype=dtype, device=device) if known is None else known.where(of_states, 0.0)
     for part in micro_batches(rollout, micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens):
         length = part.response_mask.shape[1]
         found = score_rows(part, networks=networks, critic=critic, temperature=temperature)

@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="of sft and reward: rows of an epoch")
     parser.add_argument("--batch", type=int, help="8, of ppo and sampling 32")
     parser.add_argument("--micro-batch", type=int, default=8, help="of ppo: sequences of one backward, of both sides")
+    parser.add_argument("--their-micro-batch", type=int, help="of ppo: those of TRL, where they are others")
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "peers")
     arguments = parser.parse_args()
@@ -125,7 +126,9 @@ def main() -> None:
         },
     }
     python = peers_python(TRL[stage], arguments.environments)
-    theirs = {name: way for name, way in THEIRS[stage].items() if python or way.get("plain")}
+    micro_batches = {"micro_batch": arguments.micro_batch, "their_micro_batch": arguments.their_micro_batch}
+    own = {"micro_batch": arguments.their_micro_batch} if arguments.their_micro_batch else {}
+    theirs = {name: {**way, **own} for name, way in THEIRS[stage].items() if python or way.get("plain")}
     wanted = arguments.only or [*OURS[stage], *theirs]
     ways = {name: (sys.executable, "peers_ours.py", way) for name, way in OURS[stage].items()}
     ways |= {name: (python or sys.executable, "peers_theirs.py", way) for name, way in theirs.items()}
@@ -139,7 +142,7 @@ def main() -> None:
     line = {
         "stage": stage,
         "size": arguments.size,
-        **({"end": arguments.end, "micro_batch": arguments.micro_batch} if stage == "ppo" else {}),
+        **({"end": arguments.end, **micro_batches} if stage == "ppo" else {}),
         **({"responses_only": arguments.responses_only} if stage == "sft" else {}),
         "checked": checked,
         "found": found,

@@ -205,9 +205,9 @@ class Counting(PPOModule):
 
     scoring = updating = 0
 
-    def score(self, rollout: Rollout, *, logprobs: Tensor | None = None) -> ScoredRollout:
+    def score(self, rollout: Rollout, **known: Any) -> ScoredRollout:
         with counter_of_flops() as counter:
-            scored = super().score(rollout, logprobs=logprobs)
+            scored = super().score(rollout, **known)
         self.scoring = counter.get_total_flops()
         return scored
 
@@ -225,6 +225,7 @@ class Counting(PPOModule):
         {"critic": "shared_trunk"},
         {"rescore": False},
         {"rescore": False, "critic": "shared_trunk"},
+        {"rescore": False, "critic": "shared_trunk", "sampler": "transformers"},
         {"advantage": "rloo", "samples_per_prompt": 2},
         {"target_kl": 1e-12},
     ],

@@ -5,7 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_lightning.networks.critic import TrunkCritic, new_value_head
+from rlhf_lightning.rollout.generate import sample_tokens
 from rlhf_lightning.rollout.in_slots import slots_of
+from rlhf_lightning.rollout.score import response_values
 from rlhf_lightning.rollout.slots import Slots
 from rlhf_lightning.types import PromptBatch
 
@@ -176,3 +179,69 @@ def test_the_noise_of_a_row_is_its_own(
     for free, row in zip(together.tolist(), stopped.tolist(), strict=True):
         end = next((i for i, token in enumerate(free) if token in stops), len(row) - 1)
         assert row[: end + 1] == free[: end + 1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("slots", [2, 4, 768])
+def test_values_of_the_steps_are_those_of_the_whole_sequences(
+    kind: str,
+    slots: int,
+    policy: Callable[..., Any],
+    prompts: Callable[..., PromptBatch],
+    monkeypatch: pytest.MonkeyPatch,
+    sample: Callable[..., Tensor],
+) -> None:
+    network, batch = policy(kind), prompts([*MANY, [91, 33, 21, 7]], pads=2)
+    # Some end with their first token, some later, some not.
+    drawn = sample(network, batch, NEVER)
+    stops = torch.tensor([*seen_in(drawn, 4), int(drawn[3, 0])])
+    monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", {"cpu": slots})
+    critic = TrunkCritic(network, new_value_head(network, torch.Generator().manual_seed(1)))
+
+    def respond(**settings: Any) -> Any:
+        return sample_tokens(
+            network,
+            batch.prompt_tokens,
+            batch.prompt_mask,
+            max_new_tokens=12,
+            temperature=1.0,
+            stop_tokens=stops,
+            generator=torch.Generator().manual_seed(0),
+            **settings,
+        )
+
+    found, without = respond(value_of=critic.value_of), respond()
+    assert torch.equal(found.tokens, without.tokens)
+    assert without.values is None
+    lengths = []
+    for row, (prompt, mask) in enumerate(zip(batch.prompt_tokens, batch.prompt_mask, strict=True)):
+        response = found.tokens[row].tolist()
+        end = next((i + 1 for i, token in enumerate(response) if token in stops), len(response))
+        tokens = torch.tensor([[*prompt[mask].tolist(), *response[:end]]])
+        start = torch.tensor([int(mask.sum())])
+        expected = response_values(critic, tokens, torch.ones_like(tokens).bool(), start, length=end)[0]
+        torch.testing.assert_close(found.values[row, : end + 1], expected, rtol=1e-4, atol=1e-5)
+        assert expected.unique().numel() == end + 1
+        torch.testing.assert_close(found.logprobs[row, :end], without.logprobs[row, :end], rtol=1e-4, atol=1e-5)
+        lengths.append(end)
+    assert {1, 12} < set(lengths)
+
+
+def test_a_sampler_that_sees_no_states_finds_no_values(
+    policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+) -> None:
+    for kind, sampler in (("llama", "transformers"), ("mistral", "builtin")):
+        network, batch = policy(kind), prompts(MANY)
+        head = new_value_head(network)
+        sampled = sample_tokens(
+            network,
+            batch.prompt_tokens,
+            batch.prompt_mask,
+            max_new_tokens=3,
+            temperature=1.0,
+            stop_tokens=torch.tensor([1]),
+            generator=torch.Generator().manual_seed(0),
+            sampler=sampler,  # type: ignore[arg-type]
+            value_of=TrunkCritic(network, head).value_of,
+        )
+        assert sampled.values is None
