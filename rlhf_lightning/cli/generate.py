@@ -34,7 +34,7 @@ def run(config: DictConfig) -> None:
     write_rows(out, [{**row.fields, "response": text} for row, text in zip(rows, responses, strict=True)])
     if settings["prompt"] is not None:
         print(shown(responses[0]))
-    print(f"\n{len(responses)} responses are in {out}")
+    print(f"\n{len(responses)} response{'s are' if len(responses) > 1 else ' is'} in {out}")
 
 
 def shown(response: str) -> str:

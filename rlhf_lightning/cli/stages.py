@@ -14,6 +14,9 @@ from rlhf_lightning.cli.checks import Config
 from rlhf_lightning.cli.progress import Progress
 from rlhf_lightning.errors import NotResumable
 
+OF_STAGES = ("module", "data", "trainer")
+"""Groups of settings that each stage has of its own."""
+
 
 @dataclass(frozen=True)
 class Records:
@@ -123,11 +126,19 @@ def _check_same(records: Records, stage: str, stored: Config, settings: Config) 
     before, now = flat(stored), flat(settings)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
-        lines = "\n".join(f"  {key}: was {before.get(key)!r}, is now {now.get(key)!r}" for key in changed)
+        lines = "\n".join(
+            f"  {_typed(key, stage)}: was {before.get(key)!r}, is now {now.get(key)!r}" for key in changed
+        )
         raise NotResumable(
             f"{records.path(stage)}: this stage was completed with other settings\n{lines}\n"
             f"choose another output_dir, or delete {records.folder} to run all stages again"
         )
+
+
+def _typed(key: str, stage: str) -> str:
+    """Return the name by which a setting of the stage is passed; evaluation reads PPO's data."""
+    group, _, rest = key.partition(".")
+    return f"{group}.{'ppo' if stage == 'evaluate' else stage}.{rest}" if group in OF_STAGES else key
 
 
 def flat(settings: Any, path: str = "") -> dict[str, Any]:

@@ -197,8 +197,9 @@ def _how_to_go_on(settings: Config) -> str | None:
 
 def _say_where(trainer: "Trainer", settings: Config) -> None:
     if trainer.is_global_zero:
-        nothing = " (nothing was trained: trainer.max_steps, max_epochs or limit_train_batches is 0)"
-        steps = f"{trainer.global_step} steps{'' if trainer.global_step else nothing}"
+        nothing = "0 steps (nothing was trained: trainer.max_steps, max_epochs or limit_train_batches is 0)"
+        number = trainer.global_step
+        steps = f"{number} step{'s' * (number > 1)}" if number else nothing
         print(f"\n{steps}. Written to {settings['output_dir']}")
         for entry in sorted(Path(settings["output_dir"]).iterdir()):
             if entry.name != LOCK:

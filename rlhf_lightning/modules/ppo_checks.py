@@ -109,7 +109,8 @@ def _check_types(settings: Mapping[str, Any]) -> None:
 
 def _check_ranges(settings: Mapping[str, Any]) -> None:
     for name, choices in CHOICES.items():
-        _require(settings[name] in choices, name, settings[name], f"must be one of {', '.join(choices)}")
+        reason = ": Muon is for fine-tuning and reward models" if settings[name] == "muon" else ""
+        _require(settings[name] in choices, name, settings[name], f"must be one of {', '.join(choices)}{reason}")
     for name in ("gamma", "lam", "lr_floor"):
         _require(0 <= settings[name] <= 1, name, settings[name], "must lie in [0, 1]")
     start = settings["warmup_from"]

@@ -82,9 +82,15 @@ THEIRS: dict[str, dict[str, dict[str, Any]]] = {
         "transformers_dynamic": {"plain": True, "cache": "dynamic"},
         "transformers_static": {"plain": True, "cache": "static"},
     },
-    "ppo": {"trl": {}, "trl_default": {"gradient_checkpointing": True}, "trl_lora": {"lora": LORA}},
+    "ppo": {
+        "trl": {},
+        "trl_whole": {"whole": True},
+        "trl_default": {"gradient_checkpointing": True},
+        "trl_lora": {"lora": LORA},
+    },
 }
-"""Grouped: the rows sorted by length, as groups of a large data set are; default: with the checkpoints TRL sets."""
+"""Grouped: the rows sorted by length, as groups of a large data set are; default: with the checkpoints TRL sets; whole:
+the rollout in one backward, where others add up micro-batches to the same update."""
 
 BF16 = "_bf16"
 """How the names of ways in bf16-mixed end."""
@@ -104,7 +110,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="of sft and reward: rows of an epoch")
     parser.add_argument("--batch", type=int, help="8, of ppo and sampling 32")
     parser.add_argument("--micro-batch", type=int, default=8, help="of ppo: sequences of one backward, of both sides")
-    parser.add_argument("--their-micro-batch", type=int, help="of ppo: those of TRL, where they are others")
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "peers")
     arguments = parser.parse_args()
@@ -126,9 +131,7 @@ def main() -> None:
         },
     }
     python = peers_python(TRL[stage], arguments.environments)
-    micro_batches = {"micro_batch": arguments.micro_batch, "their_micro_batch": arguments.their_micro_batch}
-    own = {"micro_batch": arguments.their_micro_batch} if arguments.their_micro_batch else {}
-    theirs = {name: {**way, **own} for name, way in THEIRS[stage].items() if python or way.get("plain")}
+    theirs = {name: way for name, way in THEIRS[stage].items() if python or way.get("plain")}
     wanted = arguments.only or [*OURS[stage], *theirs]
     ways = {name: (sys.executable, "peers_ours.py", way) for name, way in OURS[stage].items()}
     ways |= {name: (python or sys.executable, "peers_theirs.py", way) for name, way in theirs.items()}
@@ -142,7 +145,7 @@ def main() -> None:
     line = {
         "stage": stage,
         "size": arguments.size,
-        **({"end": arguments.end, **micro_batches} if stage == "ppo" else {}),
+        **({"end": arguments.end, "micro_batch": arguments.micro_batch} if stage == "ppo" else {}),
         **({"responses_only": arguments.responses_only} if stage == "sft" else {}),
         "checked": checked,
         "found": found,

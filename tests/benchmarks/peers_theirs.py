@@ -118,9 +118,10 @@ def ppo(turns: Turns, run: dict[str, Any], folder: str) -> None:
     sample = ppo_trainer.batch_generation
     if run["check"]:
         ppo_trainer.batch_generation = given(read(run, "ppo"), run["new"])
+    micro_batch = len(prompts) if run.get("whole") else run["micro_batch"]
     settings = common(run, folder) | {
-        "per_device_train_batch_size": run["micro_batch"],
-        "gradient_accumulation_steps": len(prompts) // run["micro_batch"],
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": len(prompts) // micro_batch,
         "num_ppo_epochs": run["epochs"],
         "total_episodes": last(run) * len(prompts),
         "response_length": run["new"],

@@ -24,14 +24,19 @@ def test_prompt_may_hold_what_hydra_would_read_as_grammar(tiny_model: Path, caps
     assert run_verb("generate", arguments) == 0
     (row,) = rows("out.jsonl")
     assert row["prompt"] == prompt
-    assert row["response"] in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert row["response"] in said
+    assert said.endswith("\n1 response is in out.jsonl\n")
 
 
-def test_rows_of_a_file_keep_their_order_and_their_columns(tiny_model: Path) -> None:
+def test_rows_of_a_file_keep_their_order_and_their_columns(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = [{"prompt": "x" * length, "id": str(length)} for length in (5, 1, 3)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
     arguments = [f"network.pretrained={tiny_model}", "data.path=rows.jsonl", "max_new_tokens=4", "batch_size=2"]
     assert run_verb("generate", [*arguments, "out=sampled.jsonl"]) == 0
+    assert capsys.readouterr().out.endswith("\n3 responses are in sampled.jsonl\n")
     assert [{key: row[key] for key in ("prompt", "id")} for row in rows("sampled.jsonl")] == given
     assert run_verb("generate", [*arguments, "out=again.jsonl"]) == 0
     assert rows("again.jsonl") == rows("sampled.jsonl")

@@ -179,7 +179,7 @@ def test_a_finished_stage_is_not_mixed_with_other_settings(finished: Path, capsy
     arguments = [*TINY, f"output_dir={finished}", "module.sft.learning_rate=0.5"]
     assert run_verb("pipeline", arguments) == 2
     said = capsys.readouterr().err
-    assert "module.learning_rate: was 0.01, is now 0.5" in said
+    assert "module.sft.learning_rate: was 0.01, is now 0.5" in said
     assert "go on" not in said  # with the same command, which would be refused again
 
 

@@ -62,10 +62,17 @@ def test_a_stage_that_fails_is_not_recorded(records: Records, tmp_path: Path) ->
 
 def test_other_settings_are_an_error_that_names_them(run: Callable[..., dict[str, Any]], body: Body) -> None:
     run(settings={"module": {"lr": 1, "seed": 0}})
-    with pytest.raises(InputError, match=r"module\.lr: was 1, is now 2") as error:
+    # By the name that it has on the command line.
+    with pytest.raises(InputError, match=r"  module\.sft\.lr: was 1, is now 2") as error:
         run(settings={"module": {"lr": 2, "seed": 0}})
     assert "seed" not in str(error.value)
     assert body.runs == 1
+
+
+def test_settings_are_named_as_they_are_passed(run: Callable[..., dict[str, Any]]) -> None:
+    run("evaluate", settings={"data": {"path": "a"}, "seed": 1})
+    with pytest.raises(InputError, match=r"  data\.ppo\.path: was 'a', is now 'b'\n  seed: was 1, is now 2\n"):
+        run("evaluate", settings={"data": {"path": "b"}, "seed": 2})
 
 
 def test_a_lost_output_runs_the_stage_again_and_forgets_what_follows(
