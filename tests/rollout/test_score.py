@@ -76,6 +76,21 @@ def test_everything_outside_of_the_response_mask_is_0(
         assert found.dtype == torch.float32
 
 
+def test_a_critic_is_not_read_where_its_values_are_known(
+    policy: Callable[..., Any], rollout: Callable[..., Rollout]
+) -> None:
+    class Unread(torch.nn.Module):
+        def forward(self, *_: Any) -> torch.Tensor:
+            raise AssertionError
+
+    sequences = rollout(PROMPTS, RESPONSES, right=2)
+    states = value_mask(sequences.response_mask, after_end=True)
+    known = torch.arange(1.0, 1 + states.numel()).view(states.shape)
+    found = score(sequences, policy(), critic=Unread(), values=known.where(states, torch.nan)).values
+    assert torch.equal(found[states], known[states])
+    assert (found[~states] == 0).all()
+
+
 def test_the_kl_is_exactly_0_while_policy_and_reference_are_equal(
     policy: Callable[..., Any], rollout: Callable[..., Rollout]
 ) -> None:
