@@ -57,7 +57,7 @@ from rlhf_lightning.networks.flops import Flops, Reading, flops_of
 from rlhf_lightning.networks.lora import train_adapter
 from rlhf_lightning.networks.offloading import HostWeights
 from rlhf_lightning.networks.roles import frozen, have_one_backbone, on_the_same_backbone, reference_of
-from rlhf_lightning.networks.sharding import set_gradient_sync
+from rlhf_lightning.networks.sharding import is_sharded, set_gradient_sync
 from rlhf_lightning.preflight import check_ppo, check_ppo_strategy, of_all_processes, of_status, refusal
 from rlhf_lightning.preflight.out_of_memory import naming_phase
 from rlhf_lightning.preflight.phases import ppo_memory
@@ -457,8 +457,15 @@ class PPOModule(LanguageModule):
                 stop_tokens=self.stop_token_ids,
                 generator=seeded_generator(self.seed, self.global_rank, draw, device=self.device),
                 sampler=self.sampler,
-                value_of=self.critic.value_of if not self.rescore and isinstance(self.critic, TrunkCritic) else None,
+                value_of=self._value_of,
             )
+
+    @property
+    def _value_of(self) -> Callable[[Tensor], Tensor] | None:
+        """What finds the values of states while they are sampled from, None where the critic reads the responses."""
+        trunk = self.critic if isinstance(self.critic, TrunkCritic) else None
+        # The head of a sharded one is whole while the critic is called, and not before.
+        return None if trunk is None or self.rescore or is_sharded(trunk) else trunk.value_of
 
     def _weights_for_sampling(self, batch: PromptBatch) -> AbstractContextManager[bool]:
         """Return the block in which a rollout is sampled: with sharded weights, gathered once where they fit."""

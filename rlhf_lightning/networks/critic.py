@@ -79,8 +79,8 @@ class TrunkCritic(nn.Module):
         super().__init__()
         keep_fine(head)
         self.head = head
-        # In a tuple: not a submodule, so that the body is registered, moved and saved once.
-        self._body = (policy.base_model,)
+        # In a tuple: not a submodule, so that the policy is registered, moved and saved once.
+        self._policy = (policy,)
         self._read: _Read | None = None
         policy.base_model.register_forward_hook(self._keep, with_kwargs=True)
 
@@ -92,17 +92,29 @@ class TrunkCritic(nn.Module):
         Those that are not ``read`` mean nothing; None reads all.
         """
         before, self._read = self._read, None
-        if before is None or not before.is_of(tokens, attention_mask, read):
-            positions = position_ids(attention_mask)
-            hidden = last_states(self._body[0], tokens, attention_mask, position_ids=positions, read=read)
-            self._read = None
-        else:
-            hidden = before.hidden
+        known = before is not None and before.is_of(tokens, attention_mask, read)
+        hidden = before.hidden if before is not None and known else self._states(tokens, attention_mask, read)
         return self.value_of(hidden)
+
+    def _states(self, tokens: Tensor, attention_mask: Tensor, read: Tensor | None) -> Tensor:
+        from rlhf_lightning.networks.sharding import waits_for_others
+
+        (policy,), positions = self._policy, position_ids(attention_mask)
+        if waits_for_others(policy):
+            # What lies in parts is gathered where the whole policy is called.
+            inputs = {"attention_mask": attention_mask.long(), "position_ids": positions, "use_cache": False}
+            policy(input_ids=tokens, logits_to_keep=1, **inputs)
+            assert self._read is not None
+            hidden = self._read.hidden
+        else:
+            hidden = last_states(policy.base_model, tokens, attention_mask, position_ids=positions, read=read)
+        self._read = None
+        return hidden
 
     def value_of(self, hidden: Float[Tensor, "*N H"]) -> Float[Tensor, "*N"]:
         """Return the values of states that the policy's body has made, in at least float32."""
-        return at_least_float32(self.head(hidden).squeeze(-1))
+        # A copy: FSDP2 hangs its hooks on the output, which a view could lose.
+        return at_least_float32(self.head(hidden).squeeze(-1).clone())
 
     def _keep(self, body: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         # Not while sampling, where each step reads one token.
@@ -136,8 +148,8 @@ class _Read:
         """Return whether these are the states of the same tokens, those among them that are to be read."""
         wanted = attention_mask if read is None else read & attention_mask
         return (
-            (self.made is None or not (wanted & ~self.made).any())
-            and self.tokens is tokens
+            self.tokens is tokens
+            and (self.made is None or not (wanted & ~self.made).any())
             and self.with_gradient == torch.is_grad_enabled()
             and torch.equal(self.attention_mask.bool(), attention_mask)
         )

@@ -11,7 +11,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from rlhf_lightning.networks.critic import Critic
+from rlhf_lightning.networks.critic import Critic, TrunkCritic
 
 _gathered: "WeakSet[nn.Module]" = WeakSet()
 
@@ -114,7 +114,7 @@ def under(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def _read_one_token(network: nn.Module) -> None:
     token = torch.zeros(1, 1, dtype=torch.long, device=next(network.parameters()).device)
-    if isinstance(network, Critic):
+    if isinstance(network, Critic | TrunkCritic):
         network(token, token == 0)
     else:
         network(input_ids=token, attention_mask=token + 1)

@@ -337,6 +337,23 @@ def test_sharded_processes_end_the_updates_of_a_rollout_together(
     assert_equal_runs(found[0], one)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "rescore", "gather_weights"),
+    [("fsdp2", True, "never"), ("fsdp2", False, "always"), ("fsdp2", False, "never"), ("ddp", False, "auto")],
+)
+def test_two_processes_train_a_critic_on_the_policys_trunk_as_one_does(
+    strategy: str,
+    rescore: bool,
+    gather_weights: str,
+    train: Callable[..., Any],
+    processes: Callable[..., list[Any]],
+) -> None:
+    settings = {"critic": "shared_trunk", "rescore": rescore, "gather_weights": gather_weights, "ppo_epochs": 1}
+    one = train("ppo", copies=2, **settings)
+    found = processes(2, lambda rank: train("ppo", 2, rank, strategy, **settings))
+    assert_equal_runs(found[0], one)
+
+
 # What is sharded, and when it is whole ---------------------------------------
 
 

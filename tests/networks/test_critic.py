@@ -142,6 +142,19 @@ def test_states_are_taken_over_only_from_the_same_tokens_read_in_the_same_way(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_another_width_is_read_after_one_of_which_some_states_were(
+    kind: str, policy: Callable[..., Any]
+) -> None:
+    network = policy(kind)
+    critic = TrunkCritic(network, new_value_head(network))
+    last = torch.zeros_like(ALL)
+    last[:, -1] = True
+    last_states(network.base_model, TOKENS, ALL, read=last)
+    found = critic(TOKENS[:, :3], ALL[:, :3], ALL[:, :3])
+    torch.testing.assert_close(found, Critic(network.base_model, critic.head)(TOKENS[:, :3], ALL[:, :3]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_states_are_taken_over_where_padding_was_left_out(kind: str, policy: Callable[..., Any]) -> None:
     network = policy(kind)
     critic = TrunkCritic(network, new_value_head(network))
