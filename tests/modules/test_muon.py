@@ -175,5 +175,8 @@ def test_shards_are_refused(wide_model: Path, fit: Callable[..., Any]) -> None:
 
 def test_it_is_for_fine_tuning_and_reward_models(tiny_model: Path) -> None:
     assert RewardModule(str(tiny_model), optimizer="muon").optimizer == "muon"
-    with pytest.raises(InputError, match=r"optimizer=muon must be one of adamw, adamw_8bit, paged_adamw_8bit$"):
+    said = (
+        "optimizer=muon must be one of adamw, adamw_8bit, paged_adamw_8bit: Muon is for fine-tuning and reward models$"
+    )
+    with pytest.raises(InputError, match=said):
         PPOModule(str(tiny_model), reward=len, optimizer="muon")  # type: ignore[arg-type]

@@ -46,10 +46,6 @@ OUT_OF_RANGE: list[tuple[Settings, str]] = [
     *(({name: 0.0}, f"{name}=0.0 must be above 0, or None to turn it off") for name in ABOVE_0_OR_OFF),
     *(({name: 0}, f"{name}=0 must be at least 1") for name in AT_LEAST_1),
     ({"beta": math.inf}, "beta=inf must be finite"),
-    (
-        {"optimizer": "muon"},
-        f"optimizer=muon must be one of {', '.join(CHOICES['optimizer'])}: Muon is for fine-tuning",
-    ),
     ({"learning_rate": math.inf}, "learning_rate=inf must be finite"),
     ({"temperature": math.inf}, "temperature=inf must be finite"),
     ({"minibatch_size": 2.5}, "minibatch_size=2.5 must be a whole number"),
