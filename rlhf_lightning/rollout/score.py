@@ -79,9 +79,8 @@ def score_rollout(
     """Add what policy, reference, critic and reward say of the rollout; without a critic all values are 0.
 
     The policy is not read where its ``logprobs`` are known already, nor the critic where the ``values`` are. The
-    reference is read at the same temperature as
-    the policy, so that their KL is 0 while they are equal. Log-probabilities are 0 outside of the response mask, values
-    outside of the states before and after its tokens.
+    reference is read at the same temperature as the policy, so that their KL is 0 while they are equal.
+    Log-probabilities are 0 outside of the response mask, values outside of the states before and after its tokens.
     """
     sequences, longest = rollout.response_mask.shape
     device = rollout.tokens.device

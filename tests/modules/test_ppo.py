@@ -218,9 +218,9 @@ def test_without_rescoring_the_ratio_starts_from_what_tokens_were_drawn_with(
     # Nor is a critic on its trunk, whose values are those of the sampler's steps.
     assert (drawn.sampler_values is not None) == (critic == "shared_trunk")
     of_steps = module.score(drawn, logprobs=drawn.sampler_logprobs, values=drawn.sampler_values).values
-    torch.testing.assert_close(of_steps, read.values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(of_steps, read.values, rtol=0, atol=1e-5)
     assert torch.equal(of_steps, read.values) == (critic != "shared_trunk")
-    torch.testing.assert_close(scored[1].values, scored[0].values, rtol=0, atol=1e-4)
+    torch.testing.assert_close(scored[1].values, scored[0].values, rtol=0, atol=1e-5)
     assert torch.equal(scored[0].tokens, scored[1].tokens)
     torch.testing.assert_close(scored[1].logprobs, scored[0].logprobs, rtol=0, atol=1e-5)
     assert not torch.equal(scored[1].logprobs, scored[0].logprobs)

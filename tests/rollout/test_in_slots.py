@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.networks.critic import TrunkCritic, new_value_head
-from rlhf_lightning.rollout.generate import sample_tokens
+from rlhf_lightning.rollout.generate import Sampled
 from rlhf_lightning.rollout.in_slots import slots_of
 from rlhf_lightning.rollout.score import response_values
 from rlhf_lightning.rollout.slots import Slots
@@ -189,29 +189,17 @@ def test_values_of_the_steps_are_those_of_the_whole_sequences(
     policy: Callable[..., Any],
     prompts: Callable[..., PromptBatch],
     monkeypatch: pytest.MonkeyPatch,
-    sample: Callable[..., Tensor],
+    sampled: Callable[..., Sampled],
 ) -> None:
     network, batch = policy(kind), prompts([*MANY, [91, 33, 21, 7]], pads=2)
     # Some end with their first token, some later, some not.
-    drawn = sample(network, batch, NEVER)
-    stops = torch.tensor([*seen_in(drawn, 4), int(drawn[3, 0])])
+    drawn = sampled(network, batch, NEVER).tokens
+    stops = [*seen_in(drawn, 4), int(drawn[3, 0])]
     monkeypatch.setattr("rlhf_lightning.rollout.in_slots.MOST_SLOTS", {"cpu": slots})
     critic = TrunkCritic(network, new_value_head(network, torch.Generator().manual_seed(1)))
-
-    def respond(**settings: Any) -> Any:
-        return sample_tokens(
-            network,
-            batch.prompt_tokens,
-            batch.prompt_mask,
-            max_new_tokens=12,
-            temperature=1.0,
-            stop_tokens=stops,
-            generator=torch.Generator().manual_seed(0),
-            **settings,
-        )
-
-    found, without = respond(value_of=critic.value_of), respond()
+    found, without = sampled(network, batch, stops, value_of=critic.value_of), sampled(network, batch, stops)
     assert torch.equal(found.tokens, without.tokens)
+    assert found.values is not None
     assert without.values is None
     lengths = []
     for row, (prompt, mask) in enumerate(zip(batch.prompt_tokens, batch.prompt_mask, strict=True)):
@@ -220,28 +208,17 @@ def test_values_of_the_steps_are_those_of_the_whole_sequences(
         tokens = torch.tensor([[*prompt[mask].tolist(), *response[:end]]])
         start = torch.tensor([int(mask.sum())])
         expected = response_values(critic, tokens, torch.ones_like(tokens).bool(), start, length=end)[0]
-        torch.testing.assert_close(found.values[row, : end + 1], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.values[row, : end + 1], expected, rtol=0, atol=1e-5)
         assert expected.unique().numel() == end + 1
-        torch.testing.assert_close(found.logprobs[row, :end], without.logprobs[row, :end], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.logprobs[row, :end], without.logprobs[row, :end], rtol=0, atol=1e-5)
         lengths.append(end)
     assert {1, 12} < set(lengths)
 
 
 def test_a_sampler_that_sees_no_states_finds_no_values(
-    policy: Callable[..., Any], prompts: Callable[..., PromptBatch]
+    policy: Callable[..., Any], prompts: Callable[..., PromptBatch], sampled: Callable[..., Sampled]
 ) -> None:
     for kind, sampler in (("llama", "transformers"), ("mistral", "builtin")):
-        network, batch = policy(kind), prompts(MANY)
-        head = new_value_head(network)
-        sampled = sample_tokens(
-            network,
-            batch.prompt_tokens,
-            batch.prompt_mask,
-            max_new_tokens=3,
-            temperature=1.0,
-            stop_tokens=torch.tensor([1]),
-            generator=torch.Generator().manual_seed(0),
-            sampler=sampler,  # type: ignore[arg-type]
-            value_of=TrunkCritic(network, head).value_of,
-        )
-        assert sampled.values is None
+        network = policy(kind)
+        value_of = TrunkCritic(network, new_value_head(network)).value_of
+        assert sampled(network, prompts(MANY), NEVER, sampler=sampler, value_of=value_of).values is None
