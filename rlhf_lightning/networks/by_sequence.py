@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf_lightning.functional.precision import at_least_float32
+from rlhf_lightning.functional.precision import at_least_float32, multiplies_bfloat16
 from rlhf_lightning.networks.attending import sees_all
 from rlhf_lightning.networks.checkpointing import is_checkpointed
 from rlhf_lightning.networks.compiling import is_compiled
 from rlhf_lightning.networks.length_groups import LengthGroups
-from rlhf_lightning.networks.short_attention import LONGEST, attend_short
+from rlhf_lightning.networks.short_attention import LONGEST, LONGEST_IN_BFLOAT16, attend_short
 
 BY_SEQUENCE = "by_sequence"
 """The name of `attend_by_sequence` in `transformers`."""
@@ -138,20 +138,19 @@ def attend_by_sequence(
 ) -> tuple[Tensor, None]:
     """Attend from each token of (N, heads, S, size) to its own sequence, as `transformers` does without packing.
 
-    Sequences are padded on the right, so that causal attention needs no mask. On a CPU 16-bit states, too, are
-    attended to in float32: the gradient of torch's attention takes up to three times as long in bfloat16. Without
-    ``sequences`` rows are read as they are.
+    Sequences are padded on the right, so that causal attention needs no mask. What is attended in is said by
+    `attended_in`. Without ``sequences`` rows are read as they are.
     """
     if sequences is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     sequences.readers.add(id(module))
     rows, _, size, _ = query.shape
     groups = sequences.groups
-    is_on_cpu = query.device.type == "cpu"
+    kind = attended_in(query)
     states = (query, key, value)
     # Together, since each step takes some time whatever its size.
-    at_places = torch.cat([x.transpose(1, 2).reshape(rows * size, -1) for x in states], dim=1)
-    spread: Tensor = _Spread.apply(at_least_float32(at_places) if is_on_cpu else at_places, sequences)
+    at_places = torch.cat([x.transpose(1, 2).reshape(rows * size, -1).to(kind) for x in states], dim=1)
+    spread: Tensor = _Spread.apply(at_places, sequences)
     heads = [(x.shape[1], x.shape[3]) for x in states]
     with torch.autocast("cpu", enabled=False):
         attended = [
@@ -159,10 +158,24 @@ def attend_by_sequence(
             for part, shape in zip(spread.split(groups.sizes), groups.shapes, strict=True)
         ]
     by_token = attended[0] if len(attended) == 1 else torch.cat(attended)
-    if is_on_cpu:
+    if kind != torch.bfloat16:
         by_token = by_token.to(query.dtype)
     collected: Tensor = _Collect.apply(by_token.flatten(1), sequences)
     return collected.view(rows, size, *by_token.shape[1:]), None
+
+
+def attended_in(states: Tensor) -> torch.dtype:
+    """Return the type in which queries, keys and values are attended to where these are the network's.
+
+    On a CPU that is bfloat16 under autocast to it, or of such states, if the CPU multiplies it; at least float32 else.
+    """
+    kind = states.device.type
+    if kind != "cpu":
+        return states.dtype
+    wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+    if wanted == torch.bfloat16 and multiplies_bfloat16():
+        return wanted
+    return torch.promote_types(states.dtype, torch.float32)
 
 
 def _of_heads(by_token: Tensor, shape: tuple[int, int], heads: list[tuple[int, int]]) -> Iterator[Tensor]:
@@ -183,13 +196,19 @@ def _attend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Attend within sequences, by queries, keys and values (B, heads, T, size); returns (B, T, heads, size)."""
-    is_short = query.device.type == "cpu" and query.shape[2] <= LONGEST
+    """Attend within sequences, by queries, keys and values (B, heads, T, size); returns (B, T, heads, size).
+
+    On a CPU long sequences in 16 bits are attended to in float32: the gradient of torch's attention takes up to three
+    times as long in bfloat16.
+    """
+    is_on_cpu = query.device.type == "cpu"
+    is_short = is_on_cpu and query.shape[2] <= (LONGEST_IN_BFLOAT16 if query.dtype == torch.bfloat16 else LONGEST)
     if is_short and not dropout and is_causal in (None, True) and all(kwargs.get(name) is None for name in BESIDES):
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
         return attend_short(query, key, value, scaling=scaling).transpose(1, 2)
     told = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, **kwargs}
-    return sdpa_attention_forward(module, query, key, value, None, **told)[0]
+    states = (at_least_float32(x) if is_on_cpu else x for x in (query, key, value))
+    return sdpa_attention_forward(module, *states, None, **told)[0].to(query.dtype)
 
 
 AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)

@@ -14,6 +14,9 @@ from torch.autograd.function import once_differentiable
 LONGEST = 64
 """Tokens of a sequence up to which this is taken; of longer ones torch's attention is as fast (decision 15)."""
 
+LONGEST_IN_BFLOAT16 = 256
+"""The same of states in bfloat16: products take half as long, and the gradient of torch's attention several times."""
+
 
 def attend_short(query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:
     """Return softmax(scaling * Q K^T) V, (B, heads, T, size), where a token attends to itself and those before it.

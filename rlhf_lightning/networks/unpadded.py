@@ -113,10 +113,14 @@ def leaves_something_out(body: nn.Module, attention_mask: Bool[Tensor, "B T"]) -
 
 
 def leaves_padding_out(network: nn.Module, attention_mask: Bool[Tensor, "B T"]) -> bool:
-    """Return whether `last_states` reads the real tokens alone, by a network or its body."""
-    on_cpu = next(network.parameters()).device.type == "cpu"
-    if _padding_is_read.get() or not on_cpu or bool(attention_mask.all()):
-        return False
-    from rlhf_lightning.networks.by_sequence import attends_by_sequence
+    """Return whether `last_states` reads the real tokens alone, by a network or its body.
 
-    return attends_by_sequence(network)
+    So it does where there is padding; in bfloat16 always, since attention by sequence is faster there.
+    """
+    weight = next(network.parameters())
+    if _padding_is_read.get() or weight.device.type != "cpu":
+        return False
+    from rlhf_lightning.networks.by_sequence import attended_in, attends_by_sequence
+
+    gains = attended_in(weight) == torch.bfloat16 or not bool(attention_mask.all())
+    return gains and attends_by_sequence(network)

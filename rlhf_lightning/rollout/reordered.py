@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.functional.precision import multiplies_bfloat16
 from rlhf_lightning.networks.compiling import is_compiled
 from rlhf_lightning.networks.plain_head import is_watched
 from rlhf_lightning.rollout.stand_ins import plain_layers
@@ -20,7 +21,7 @@ SMALLEST = 2**15
 LARGEST = 2**30
 """Bytes of all copies together: networks with more would rather have the memory."""
 
-NEEDED = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+NEEDED = ("_reorder_linear_weight", "_linear_pointwise")
 """Operations of torch that its compiler uses for the same: there are no public ones."""
 
 
@@ -82,6 +83,4 @@ def _is_worth_it(layer: nn.Linear) -> bool:
 
 
 def _can_multiply(kind: torch.dtype) -> bool:
-    if kind == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return kind == torch.float32
+    return kind == torch.float32 or (kind == torch.bfloat16 and multiplies_bfloat16())

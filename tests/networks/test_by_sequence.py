@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad
 from transformers import (
     BertConfig,
@@ -78,10 +80,10 @@ def groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Let sequences as short as these attend in groups, too, and by torch's attention."""
     if request.param in ("in groups", "in groups of torch", "both ways"):
         monkeypatch.setattr(length_groups, "WORTH", 1)
-    if request.param in ("of torch", "in groups of torch"):
-        monkeypatch.setattr(by_sequence, "LONGEST", 0)
-    if request.param == "both ways":
-        monkeypatch.setattr(by_sequence, "LONGEST", 4)
+    longest = {"of torch": 0, "in groups of torch": 0, "both ways": 4}.get(request.param)
+    if longest is not None:
+        monkeypatch.setattr(by_sequence, "LONGEST", longest)
+        monkeypatch.setattr(by_sequence, "LONGEST_IN_BFLOAT16", longest)
 
 
 # Llama's norms are computed in float32 whatever the network is in.
@@ -138,24 +140,73 @@ def test_the_network_attends_so_within_the_block_alone() -> None:
     assert network.config._attn_implementation == "sdpa"
 
 
-def test_attention_of_16_bits_is_computed_in_float32_on_a_cpu() -> None:
-    torch.manual_seed(0)
-    told = pack(*padded([7, 3, 5]), in_one_row=True)
-    with reading(llama(), told) as how:
+@dataclass
+class Attended:
+    """What is attended to by states of one type, with the gradients of a weighted sum of it."""
+
+    result: Tensor
+    gradients: tuple[Tensor, ...]
+    kept: set[torch.dtype]
+    """The types of what is kept for the gradient."""
+
+
+def attended(states: list[Tensor], *, bfloat16: bool) -> Attended:
+    """Attend within sequences of 7, 3 and 5 tokens, under autocast or without, as PPO's backward is."""
+    with reading(llama(), pack(*padded([7, 3, 5]), in_one_row=True)) as how:
         sequences = how["sequences"]
-    half = [torch.randn(1, 4, 15, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    whole = [states.detach().float().requires_grad_() for states in half]
-    weights = torch.randn(1, 15, 4, 8).bfloat16()
-    expected, _ = attend_by_sequence(torch.nn.Module(), *whole, None, sequences=sequences)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, _ = attend_by_sequence(torch.nn.Module(), *half, None, sequences=sequences)
-        assert found.dtype == torch.bfloat16
-        assert torch.equal(found, expected.bfloat16())
-        # PPO's backward, too, is within.
-        (found * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for one, other in zip(half, whole, strict=True):
-        assert torch.equal(one.grad, other.grad.bfloat16())
+    given = [x.clone().requires_grad_() for x in states]
+    kept: set[torch.dtype] = set()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with saved_tensors_hooks(lambda x: kept.add(x.dtype) or x, lambda x: x):
+            result, _ = attend_by_sequence(torch.nn.Module(), *given, None, sequences=sequences)
+        torch.manual_seed(3)
+        weights = torch.randn(result.shape).bfloat16()
+        gradients = torch.autograd.grad((result * weights).sum(), given)
+    return Attended(result.detach(), gradients, kept)
+
+
+def in_bfloat16() -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(1, 4, 15, 8, dtype=torch.bfloat16) for _ in range(3)]
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16_is_attended_to_in_float32_where_a_cpu_does_not_multiply_it(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_sequence, "multiplies_bfloat16", lambda: False)
+    half = in_bfloat16()
+    found, expected = attended(half, bfloat16=autocast), attended([x.float() for x in half], bfloat16=False)
+    assert found.result.dtype == torch.bfloat16
+    assert torch.equal(found.result, expected.result.bfloat16())
+    for one, other in zip(found.gradients, expected.gradients, strict=True):
+        assert torch.equal(one, other.bfloat16())
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16_is_attended_to_in_it_where_a_cpu_multiplies_it(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_sequence, "multiplies_bfloat16", lambda: True)
+    half = in_bfloat16()
+    found, expected = attended(half, bfloat16=autocast), attended([x.float() for x in half], bfloat16=False)
+    assert found.result.dtype == torch.bfloat16
+    # Torch's attention, whose gradient takes long in 16 bits, is given float32.
+    assert (torch.float32 in found.kept) == (by_sequence.LONGEST_IN_BFLOAT16 < 7)
+    for one, other in zip([found.result, *found.gradients], [expected.result, *expected.gradients], strict=True):
+        assert torch.linalg.vector_norm(one - other) < 2**-7 * torch.linalg.vector_norm(other)
+
+
+def test_states_in_float32_are_attended_to_in_bfloat16_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_sequence, "multiplies_bfloat16", lambda: True)
+    torch.manual_seed(0)
+    whole = [torch.randn(1, 4, 15, 8) for _ in range(3)]
+    found = attended(whole, bfloat16=True)
+    expected = attended([x.bfloat16() for x in whole], bfloat16=False)
+    assert torch.equal(found.result, expected.result)
+    for one, other in zip(found.gradients, expected.gradients, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other.float())
 
 
 def test_dropout_of_attention_is_that_of_torch() -> None:
