@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 from rlhf_lightning.functional.masking import position_ids
-from rlhf_lightning.networks import length_groups
+from rlhf_lightning.networks import by_sequence, length_groups
 from rlhf_lightning.networks.by_sequence import attends_by_sequence
 from rlhf_lightning.networks.unpadded import last_states, one_row, reading_padding
 
@@ -86,6 +86,25 @@ def test_no_padding_is_read_but_where_it_is_asked_for_or_cannot_be_left_out() ->
     assert not attends_by_sequence(cannot)
     assert read == [10, 18, 5]
     assert read_by_another == [18]
+
+
+@pytest.mark.parametrize(("multiplies", "shape"), [(True, (1, 10)), (False, (2, 5))])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_sequences_without_padding_attend_by_sequence_in_bfloat16(
+    mixed: bool, multiplies: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_sequence, "multiplies_bfloat16", lambda: multiplies)
+    tokens, mask = sequences([0, 0], [5, 5], right=0)
+    network = llama().to(torch.float32 if mixed else torch.bfloat16)
+    shapes: list[tuple[int, ...]] = []
+    network.register_forward_pre_hook(lambda _, __, told: shapes.append(told["input_ids"].shape), with_kwargs=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        found = last_states(network, tokens, mask)
+    assert shapes == [shape]
+    with reading_padding():
+        expected = last_states(network.float(), tokens, mask)
+    error = torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected)
+    assert 1e-4 < error < 0.03
 
 
 def test_a_network_that_keeps_to_itself_what_it_is_told_reads_padding() -> None:
