@@ -206,9 +206,11 @@ def _attend(
     if is_short and not dropout and is_causal in (None, True) and all(kwargs.get(name) is None for name in BESIDES):
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
         return attend_short(query, key, value, scaling=scaling).transpose(1, 2)
+    kind = query.dtype
+    if is_on_cpu:
+        query, key, value = (at_least_float32(x) for x in (query, key, value))
     told = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, **kwargs}
-    states = (at_least_float32(x) if is_on_cpu else x for x in (query, key, value))
-    return sdpa_attention_forward(module, *states, None, **told)[0].to(query.dtype)
+    return sdpa_attention_forward(module, query, key, value, None, **told)[0].to(kind)
 
 
 AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)
