@@ -311,6 +311,14 @@ MUTANTS = (
         50,
     ),
     Mutant(
+        "scores are rounded to 16 bits",
+        "rlhf_lightning/networks/short_attention.py",
+        "at_least_float32(queries), at_least_float32(keys)",
+        "queries, keys",
+        ("tests/networks/test_short_attention.py",),
+        50,
+    ),
+    Mutant(
         "what fills up a row is trained",
         BY_SEQUENCE,
         ".index_fill_(0, sequences.fill, 0)",

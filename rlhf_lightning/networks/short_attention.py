@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf_lightning.functional.precision import at_least_float32
+
 LONGEST = 64
 """Tokens of a sequence up to which this is taken; of longer ones torch's attention is as fast (decision 15)."""
 
-LONGEST_IN_BFLOAT16 = 256
+LONGEST_IN_BFLOAT16 = 192
 """The same of states in bfloat16: products take half as long, and the gradient of torch's attention several times."""
 
 
 def attend_short(query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:
     """Return softmax(scaling * Q K^T) V, (B, heads, T, size), where a token attends to itself and those before it.
 
-    Keys and values (B, key heads, T, size) are each read by as many heads as there are for one.
+    Keys and values (B, key heads, T, size) are each read by as many heads as there are for one. Of states in 16 bits
+    scores are float32, since a large one would be rounded by more than others differ; the rest is in their type.
     """
     attended: Tensor = _Attention.apply(query, key, value, scaling)
     return attended
@@ -36,9 +39,10 @@ class _Attention(torch.autograd.Function):
         groups = heads // key.shape[1]
         queries = query.reshape(-1, groups * length, size)
         keys, values = (x.reshape(-1, length, x.shape[3]) for x in (key, value))
-        behind = queries.new_full((length, length), -torch.inf).triu(1).repeat(groups, 1)
-        scores = torch.baddbmm(behind, queries, keys.transpose(1, 2), alpha=scaling)
-        weights = torch.softmax(scores, dim=-1)
+        precise_queries, precise_keys = at_least_float32(queries), at_least_float32(keys)
+        behind = precise_queries.new_full((length, length), -torch.inf).triu(1).repeat(groups, 1)
+        scores = torch.baddbmm(behind, precise_queries, precise_keys.transpose(1, 2), alpha=scaling)
+        weights = torch.softmax(scores, dim=-1).to(values.dtype)
         ctx.save_for_backward(queries, keys, values, weights)
         ctx.scaling, ctx.shapes = scaling, (query.shape, key.shape, value.shape)
         return torch.bmm(weights, values).view(batch, heads, length, -1)

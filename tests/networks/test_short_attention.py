@@ -28,6 +28,29 @@ def test_attention_and_its_gradients_are_those_of_torch(heads: int, key_heads: i
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("size", [1.0, 4.0])
+def test_bfloat16_is_as_precise_for_large_scores(size: float) -> None:
+    torch.manual_seed(0)
+    wide = [states(4, length=40, size=32) * x for x in (size, size, 1.0)]
+    half = [x.detach().bfloat16().requires_grad_() for x in wide]
+    given = [x.detach().double().requires_grad_() for x in half]
+    weights = torch.randn(2, 4, 40, 32, dtype=torch.float64).bfloat16()
+    found = attend_short(*half, scaling=32**-0.5)
+    expected = scaled_dot_product_attention(*given, is_causal=True)
+    assert found.dtype == torch.bfloat16
+    assert error(found, expected) < 0.003
+    gradients = [
+        torch.autograd.grad((attended * weights).sum(), x) for attended, x in ((found, half), (expected, given))
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert error(ours, theirs) < 0.01
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return (torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected)).item()
+
+
 def test_gradients_are_those_of_small_differences() -> None:
     torch.manual_seed(0)
     given = (states(2), states(1), states(1))
