@@ -311,7 +311,7 @@ MUTANTS = (
         50,
     ),
     Mutant(
-        "scores are rounded to 16 bits",
+        "scores of attention are rounded to 16 bits",
         "rlhf_lightning/networks/short_attention.py",
         "at_least_float32(queries), at_least_float32(keys)",
         "queries, keys",

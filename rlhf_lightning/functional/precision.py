@@ -1,11 +1,13 @@
 """In what precision numbers are worked on."""
 
+from functools import cache
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-NEEDED = "_is_mkldnn_bf16_supported"
-"""Of torch's operations, the one that knows the CPU."""
+PRODUCTS = ("avx512_bf16", "amx_bf16", "bf16")
+"""What torch calls a CPU's products of bfloat16, x86's and ARM's."""
 
 
 def at_least_float32(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -14,5 +16,15 @@ def at_least_float32(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def multiplies_bfloat16() -> bool:
-    """Return whether the CPU has products of bfloat16; elsewhere they are made of other instructions, and slower."""
-    return hasattr(torch.ops.mkldnn, NEEDED) and bool(getattr(torch.ops.mkldnn, NEEDED)())
+    """Return whether the CPU has products of bfloat16 and torch uses them, by oneDNN.
+
+    Elsewhere they are made of others, and slower than those of float32. Not known before torch can say it.
+    """
+    is_on = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return is_on and any(_abilities().get(name, False) for name in PRODUCTS)
+
+
+@cache
+def _abilities() -> dict[str, object]:
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found

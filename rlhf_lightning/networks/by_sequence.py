@@ -101,13 +101,15 @@ class _Spread(torch.autograd.Function):
         at_places = gradient.index_select(0, sequences.tokens).index_fill_(0, sequences.fill, 0)
         if (beginnings := sequences.beginnings) is not None:
             # As slices of sequences: adding up token by token takes longer than the attention.
-            added = gradient.new_zeros(len(beginnings.leader), beginnings.longest, gradient.shape[1])
+            # Sums over many sequences: in half precision small parts would be lost.
+            added = at_least_float32(gradient.new_zeros(len(beginnings.leader), beginnings.longest, gradient.shape[1]))
             shapes, sizes = sequences.groups.shapes, sequences.groups.sizes
             leaders = beginnings.leader.split([number for number, _ in shapes])
             for leader, shape, of_group in zip(leaders, shapes, gradient.split(sizes), strict=True):
                 length = min(shape[1], beginnings.longest)
-                added[:, :length].index_add_(0, leader, of_group.view(*shape, -1)[:, :length])
-            at_places.index_copy_(0, beginnings.places, added.flatten(0, 1).index_select(0, beginnings.tokens))
+                added[:, :length].index_add_(0, leader, of_group.view(*shape, -1)[:, :length].to(added.dtype))
+            of_beginnings = added.flatten(0, 1).index_select(0, beginnings.tokens)
+            at_places.index_copy_(0, beginnings.places, of_beginnings.to(at_places.dtype))
         return at_places, None
 
 
@@ -158,21 +160,25 @@ def attend_by_sequence(
             for part, shape in zip(spread.split(groups.sizes), groups.shapes, strict=True)
         ]
     by_token = attended[0] if len(attended) == 1 else torch.cat(attended)
-    if kind != torch.bfloat16:
+    # What reads it under autocast multiplies in bfloat16 as well.
+    if query.device.type == "cpu" and kind != torch.bfloat16:
         by_token = by_token.to(query.dtype)
     collected: Tensor = _Collect.apply(by_token.flatten(1), sequences)
     return collected.view(rows, size, *by_token.shape[1:]), None
 
 
 def attended_in(states: Tensor) -> torch.dtype:
-    """Return the type in which queries, keys and values are attended to where these are the network's.
+    """Return the type in which queries, keys and values are attended to that are made of a network's states or weights.
 
     On a CPU that is bfloat16 under autocast to it, or of such states, if the CPU multiplies it; at least float32 else.
+    Other devices keep the type.
     """
     kind = states.device.type
     if kind != "cpu":
         return states.dtype
-    wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+    # Autocast leaves float64 as it is.
+    is_cast = torch.is_autocast_enabled(kind) and states.dtype != torch.float64
+    wanted = torch.get_autocast_dtype(kind) if is_cast else states.dtype
     if wanted == torch.bfloat16 and multiplies_bfloat16():
         return wanted
     return torch.promote_types(states.dtype, torch.float32)
@@ -206,11 +212,12 @@ def _attend(
     if is_short and not dropout and is_causal in (None, True) and all(kwargs.get(name) is None for name in BESIDES):
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
         return attend_short(query, key, value, scaling=scaling).transpose(1, 2)
-    kind = query.dtype
-    if is_on_cpu:
-        query, key, value = (at_least_float32(x) for x in (query, key, value))
     told = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, **kwargs}
-    return sdpa_attention_forward(module, query, key, value, None, **told)[0].to(kind)
+    states = (query, key, value)
+    if not is_on_cpu:
+        return sdpa_attention_forward(module, *states, None, **told)[0]
+    query, key, value = (at_least_float32(x) for x in states)
+    return sdpa_attention_forward(module, query, key, value, None, **told)[0].to(states[0].dtype)
 
 
 AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)

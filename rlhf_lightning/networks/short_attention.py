@@ -24,7 +24,8 @@ def attend_short(query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -
     """Return softmax(scaling * Q K^T) V, (B, heads, T, size), where a token attends to itself and those before it.
 
     Keys and values (B, key heads, T, size) are each read by as many heads as there are for one. Of states in 16 bits
-    scores are float32, since a large one would be rounded by more than others differ; the rest is in their type.
+    scaling * Q K^T is float32, since large numbers would be rounded by more than others differ; all else is in their
+    type.
     """
     attended: Tensor = _Attention.apply(query, key, value, scaling)
     return attended

@@ -115,12 +115,13 @@ def leaves_something_out(body: nn.Module, attention_mask: Bool[Tensor, "B T"]) -
 def leaves_padding_out(network: nn.Module, attention_mask: Bool[Tensor, "B T"]) -> bool:
     """Return whether `last_states` reads the real tokens alone, by a network or its body.
 
-    So it does where there is padding; in bfloat16 always, since attention by sequence is faster there.
+    So it does where there is padding; in bfloat16 also where there is none and gradients are wanted, which attention by
+    sequence has in a fraction of the time.
     """
     weight = next(network.parameters())
     if _padding_is_read.get() or weight.device.type != "cpu":
         return False
     from rlhf_lightning.networks.by_sequence import attended_in, attends_by_sequence
 
-    gains = attended_in(weight) == torch.bfloat16 or not bool(attention_mask.all())
-    return gains and attends_by_sequence(network)
+    is_slow = torch.is_grad_enabled() and attended_in(weight) == torch.bfloat16
+    return (is_slow or not bool(attention_mask.all())) and attends_by_sequence(network)

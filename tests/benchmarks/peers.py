@@ -303,7 +303,7 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
     }
     if "flops" in turns[-1]:
         found["share_of_peak"] = statistics.median(x["flops"] / x["seconds"] for x in turns) / turns[-1]["matrix_peak"]
-    return {name: round(x, 4) for name, x in found.items()} | (
+    return {name: float(f"{x:.5g}") for name, x in found.items()} | (
         {"response_length": round(logged["ppo/response_length"], 1)} if "ppo/response_length" in logged else {}
     )
 

@@ -150,13 +150,13 @@ class Attended:
     """The types of what is kept for the gradient."""
 
 
-def attended(states: list[Tensor], *, bfloat16: bool) -> Attended:
-    """Attend within sequences of 7, 3 and 5 tokens, under autocast or without, as PPO's backward is."""
+def attended(states: list[Tensor], *, autocast: bool) -> Attended:
+    """Attend within sequences of 7, 3 and 5 tokens; autocast holds the backward, too, as it does PPO's."""
     with reading(llama(), pack(*padded([7, 3, 5]), in_one_row=True)) as how:
         sequences = how["sequences"]
     given = [x.clone().requires_grad_() for x in states]
     kept: set[torch.dtype] = set()
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         with saved_tensors_hooks(lambda x: kept.add(x.dtype) or x, lambda x: x):
             result, _ = attend_by_sequence(torch.nn.Module(), *given, None, sequences=sequences)
         torch.manual_seed(3)
@@ -176,7 +176,7 @@ def test_bfloat16_is_attended_to_in_float32_where_a_cpu_does_not_multiply_it(
 ) -> None:
     monkeypatch.setattr(by_sequence, "multiplies_bfloat16", lambda: False)
     half = in_bfloat16()
-    found, expected = attended(half, bfloat16=autocast), attended([x.float() for x in half], bfloat16=False)
+    found, expected = attended(half, autocast=autocast), attended([x.float() for x in half], autocast=False)
     assert found.result.dtype == torch.bfloat16
     assert torch.equal(found.result, expected.result.bfloat16())
     for one, other in zip(found.gradients, expected.gradients, strict=True):
@@ -189,7 +189,7 @@ def test_bfloat16_is_attended_to_in_it_where_a_cpu_multiplies_it(
 ) -> None:
     monkeypatch.setattr(by_sequence, "multiplies_bfloat16", lambda: True)
     half = in_bfloat16()
-    found, expected = attended(half, bfloat16=autocast), attended([x.float() for x in half], bfloat16=False)
+    found, expected = attended(half, autocast=autocast), attended([x.float() for x in half], autocast=False)
     assert found.result.dtype == torch.bfloat16
     # Torch's attention, whose gradient takes long in 16 bits, is given float32.
     assert (torch.float32 in found.kept) == (by_sequence.LONGEST_IN_BFLOAT16 < 7)
@@ -201,12 +201,52 @@ def test_states_in_float32_are_attended_to_in_bfloat16_under_autocast(monkeypatc
     monkeypatch.setattr(by_sequence, "multiplies_bfloat16", lambda: True)
     torch.manual_seed(0)
     whole = [torch.randn(1, 4, 15, 8) for _ in range(3)]
-    found = attended(whole, bfloat16=True)
-    expected = attended([x.bfloat16() for x in whole], bfloat16=False)
+    found = attended(whole, autocast=True)
+    expected = attended([x.bfloat16() for x in whole], autocast=False)
     assert torch.equal(found.result, expected.result)
     for one, other in zip(found.gradients, expected.gradients, strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one, other.float())
+
+
+@pytest.mark.parametrize("longest", [0, 7])
+def test_how_long_a_short_sequence_is_depends_on_the_type(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_sequence, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(by_sequence, "LONGEST", 7 - longest)
+    monkeypatch.setattr(by_sequence, "LONGEST_IN_BFLOAT16", longest)
+    called: list[torch.dtype] = []
+    short = by_sequence.attend_short
+    monkeypatch.setattr(by_sequence, "attend_short", lambda q, *x, **how: called.append(q.dtype) or short(q, *x, **how))
+    attended(in_bfloat16(), autocast=False)
+    attended([x.float() for x in in_bfloat16()], autocast=False)
+    assert set(called) == {torch.bfloat16 if longest else torch.float32}
+
+
+def test_autocast_leaves_float64_as_it_is() -> None:
+    wide = [x.double() for x in in_bfloat16()]
+    found, expected = attended(wide, autocast=True), attended(wide, autocast=False)
+    assert found.result.dtype == torch.float64
+    assert torch.equal(found.result, expected.result)
+
+
+def test_gradients_of_a_prompt_are_added_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_sequence, "multiplies_bfloat16", lambda: True)
+    tokens, mask = padded([4] * 64)
+    tokens[:, :3] = tokens[0, :3]
+    with reading(llama(), share_prompts(tokens, mask, torch.zeros(64, dtype=torch.long), packing=True)) as how:
+        sequences = how["sequences"]
+    torch.manual_seed(0)
+    places = sequences.tokens.numel()
+    half = [torch.randn(1, 4, places, 8, dtype=torch.bfloat16) for _ in range(3)]
+    whole = [x.float() for x in half]
+    weights = torch.randn(1, places, 4, 8).bfloat16()
+    found = []
+    for states in (half, whole):
+        given = [x.clone().requires_grad_() for x in states]
+        result, _ = attend_by_sequence(torch.nn.Module(), *given, None, sequences=sequences)
+        found.append(torch.autograd.grad((result * weights).sum(), given))
+    for ours, expected in zip(*found, strict=True):
+        assert torch.linalg.vector_norm(ours - expected) < 2**-7 * torch.linalg.vector_norm(expected)
 
 
 def test_dropout_of_attention_is_that_of_torch() -> None:

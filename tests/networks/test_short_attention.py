@@ -28,15 +28,16 @@ def test_attention_and_its_gradients_are_those_of_torch(heads: int, key_heads: i
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("size", [1.0, 4.0])
-def test_bfloat16_is_as_precise_for_large_scores(size: float) -> None:
+@pytest.mark.parametrize("key_heads", [4, 1])
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_bfloat16_is_as_precise_for_large_scores_of_attention(factor: float, key_heads: int) -> None:
     torch.manual_seed(0)
-    wide = [states(4, length=40, size=32) * x for x in (size, size, 1.0)]
+    wide = [states(heads, length=40, size=32) * x for heads, x in ((4, factor), (key_heads, factor), (key_heads, 1.0))]
     half = [x.detach().bfloat16().requires_grad_() for x in wide]
     given = [x.detach().double().requires_grad_() for x in half]
     weights = torch.randn(2, 4, 40, 32, dtype=torch.float64).bfloat16()
     found = attend_short(*half, scaling=32**-0.5)
-    expected = scaled_dot_product_attention(*given, is_causal=True)
+    expected = scaled_dot_product_attention(*given, is_causal=True, enable_gqa=True)
     assert found.dtype == torch.bfloat16
     assert error(found, expected) < 0.003
     gradients = [

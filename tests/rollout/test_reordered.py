@@ -95,7 +95,7 @@ def test_autocast_decides_on_the_type(weights: torch.dtype, states: torch.dtype)
 
 
 def test_bfloat16_stays_where_the_cpu_has_no_products_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own, "_can_multiply", lambda kind: kind == torch.float32)
+    monkeypatch.setattr(own, "multiplies_bfloat16", lambda: False)
     layers = nn.Sequential(nn.Linear(256, 256)).bfloat16()
     with reordered(layers, rows=1):
         assert kinds(layers) == ["Linear"]
