@@ -329,7 +329,11 @@ def test_stopped_run_says_what_is_kept_and_how_to_go_on(
                 pytest.fail(process.communicate()[1])
             time.sleep(0.1)
         process.send_signal(signal_)
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            # Else one that went on would be waited for until its last epoch.
+            process.kill()
     assert process.returncode == exit_code
     assert "Traceback" not in errors
     assert "the last checkpoint is" in errors
