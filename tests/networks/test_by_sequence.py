@@ -170,13 +170,18 @@ def in_bfloat16() -> list[Tensor]:
     return [torch.randn(1, 4, 15, 8, dtype=torch.bfloat16) for _ in range(3)]
 
 
+def in_both_types(*, autocast: bool) -> tuple[Attended, Attended]:
+    """What is attended to by states in bfloat16, and by the same in float32."""
+    half = in_bfloat16()
+    return attended(half, autocast=autocast), attended([x.float() for x in half], autocast=False)
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16_is_attended_to_in_float32_where_a_cpu_does_not_multiply_it(
     autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(by_sequence, "multiplies_bfloat16", lambda: False)
-    half = in_bfloat16()
-    found, expected = attended(half, autocast=autocast), attended([x.float() for x in half], autocast=False)
+    found, expected = in_both_types(autocast=autocast)
     assert found.result.dtype == torch.bfloat16
     assert torch.equal(found.result, expected.result.bfloat16())
     for one, other in zip(found.gradients, expected.gradients, strict=True):
@@ -188,8 +193,7 @@ def test_bfloat16_is_attended_to_in_it_where_a_cpu_multiplies_it(
     autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(by_sequence, "multiplies_bfloat16", lambda: True)
-    half = in_bfloat16()
-    found, expected = attended(half, autocast=autocast), attended([x.float() for x in half], autocast=False)
+    found, expected = in_both_types(autocast=autocast)
     assert found.result.dtype == torch.bfloat16
     # Torch's attention, whose gradient takes long in 16 bits, is given float32.
     assert (torch.float32 in found.kept) == (by_sequence.LONGEST_IN_BFLOAT16 < 7)
