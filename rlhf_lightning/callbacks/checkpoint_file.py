@@ -65,10 +65,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"was run ({reason})"
             ) from error
 
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete the file, or the folder; a Ctrl-C meanwhile takes effect behind it."""
+        with ctrl_c_waits():
+            super().remove_checkpoint(path)
+
 
 @contextmanager
 def ctrl_c_waits() -> Iterator[None]:
-    """Let Ctrl-C take effect at the end of the block: torch's writer takes an exception within for a broken file."""
+    """Let Ctrl-C take effect at the end of the block.
+
+    For code that has its own answer to any exception: torch's writer takes one for a broken file, and fsspec's
+    ``exists`` for a file that is not there, so that the run would go on.
+    """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
         yield

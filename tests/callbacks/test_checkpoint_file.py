@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from rlhf_lightning.callbacks import AtomicCheckpointIO, newest_whole
 from rlhf_lightning.callbacks.checkpoint_file import fault
@@ -122,6 +123,24 @@ def test_ctrl_c_in_the_middle_of_writing_takes_effect_behind_it(path: Path) -> N
         signal.signal(signal.SIGINT, old_int)
     assert stopped > 100
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_ctrl_c_while_an_old_file_is_deleted_is_not_lost(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up = LocalFileSystem.info
+
+    def interrupted(self: LocalFileSystem, *arguments: Any, **named: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return looked_up(self, *arguments, **named)
+
+    monkeypatch.setattr(LocalFileSystem, "info", interrupted)
+    # A suite that was started in the background ignores SIGINT.
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            AtomicCheckpointIO().remove_checkpoint(path)
+    finally:
+        signal.signal(signal.SIGINT, old)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("save", ["torch", "pickle"])

@@ -233,22 +233,25 @@ def test_autocast_leaves_float64_as_it_is() -> None:
     assert torch.equal(found.result, expected.result)
 
 
-def test_gradients_of_a_prompt_are_added_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_a_prompt_with_many_responses_lose_no_part_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(by_sequence, "multiplies_bfloat16", lambda: True)
-    tokens, mask = padded([4] * 64)
+    number = 512
+    tokens, mask = padded([4] * number)
     tokens[:, :3] = tokens[0, :3]
-    with reading(llama(), share_prompts(tokens, mask, torch.zeros(64, dtype=torch.long), packing=True)) as how:
+    with reading(llama(), share_prompts(tokens, mask, torch.zeros(number, dtype=torch.long), packing=True)) as how:
         sequences = how["sequences"]
     torch.manual_seed(0)
     places = sequences.tokens.numel()
     half = [torch.randn(1, 4, places, 8, dtype=torch.bfloat16) for _ in range(3)]
     whole = [x.float() for x in half]
-    weights = torch.randn(1, places, 4, 8).bfloat16()
+    # Of one sign: a sum of 512 that rounds after each part stands still before its end.
+    weights = torch.rand(1, places, 4, 8).bfloat16()
     found = []
     for states in (half, whole):
         given = [x.clone().requires_grad_() for x in states]
         result, _ = attend_by_sequence(torch.nn.Module(), *given, None, sequences=sequences)
-        found.append(torch.autograd.grad((result * weights).sum(), given))
+        gradients = torch.autograd.grad((result * weights).sum(), given)
+        found.append([gradient[:, :, :3] for gradient in gradients])
     for ours, expected in zip(*found, strict=True):
         assert torch.linalg.vector_norm(ours - expected) < 2**-7 * torch.linalg.vector_norm(expected)
 
