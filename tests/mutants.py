@@ -287,6 +287,14 @@ MUTANTS = (
         17,
     ),
     Mutant(
+        "the gradient of the output layer is rounded to 16 bits",
+        FUNCTIONAL + "head_logprobs.py",
+        "None if x is None else x.to(kind)",
+        "None if x is None else x.to(self.weight.dtype).to(kind)",
+        ("tests/functional/test_head_logprobs.py",),
+        17,
+    ),
+    Mutant(
         "states taken one position late",
         "rlhf_lightning/networks/predictions.py",
         "index_select(0, row * tokens.shape[1] + column)",

@@ -33,9 +33,11 @@ def head_logprobs(
     temperature: float = 1.0,
 ) -> Float[Tensor, " N"]:
     """Return log p(token) in nats under (weight hidden + bias) / temperature, in at least float32."""
-    operands = _operands(hidden, weight, bias)
-    logprobs: Tensor = _Logprobs.apply(*operands, tokens, temperature, False, torch.is_grad_enabled())[0]
-    return logprobs
+    with_gradient = torch.is_grad_enabled()
+    found: tuple[Tensor, Tensor] = _Logprobs.apply(
+        _as_read(hidden), weight, bias, tokens, temperature, False, with_gradient
+    )
+    return found[0]
 
 
 def head_logprobs_and_entropy(
@@ -48,7 +50,7 @@ def head_logprobs_and_entropy(
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Return `head_logprobs` and the entropy of the same distributions in nats; detach what needs no gradient."""
     logprobs, entropies = _Logprobs.apply(
-        *_operands(hidden, weight, bias), tokens, temperature, True, torch.is_grad_enabled()
+        _as_read(hidden), weight, bias, tokens, temperature, True, torch.is_grad_enabled()
     )
     return logprobs, entropies
 
@@ -60,7 +62,7 @@ def total_logprob(
     tokens: Int[Tensor, " N"],
 ) -> Float[Tensor, ""]:
     """Return the sum of log p(token) in nats; its gradient is found beside it, so that no logits are made twice."""
-    total: Tensor = _TotalLogprob.apply(*_operands(hidden, weight, bias), tokens, torch.is_grad_enabled())
+    total: Tensor = _TotalLogprob.apply(_as_read(hidden), weight, bias, tokens, torch.is_grad_enabled())
     return total
 
 
@@ -91,6 +93,8 @@ class _Logprobs(torch.autograd.Function):
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        ctx.kinds = (weight.dtype, None if bias is None else bias.dtype)
+        weight, bias = _in_type_of(hidden, weight, bias)
         logprobs, entropies, log_totals = (at_least_float32(hidden.new_zeros(len(tokens))) for _ in range(3))
         kept: list[Tensor] = []
         are_fused: list[bool] = []
@@ -136,6 +140,8 @@ class _TotalLogprob(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, with_gradient: bool
     ) -> Tensor:
+        ctx.kinds = (weight.dtype, None if bias is None else bias.dtype)
+        weight, bias = _in_type_of(hidden, weight, bias)
         total = at_least_float32(hidden.new_zeros(()))
         gradients = _Gradients(ctx, hidden, weight, bias) if with_gradient else None
         with torch.autocast(hidden.device.type, enabled=False):
@@ -161,7 +167,7 @@ class _Gradients:
     """The gradients of a linear layer's input, weight and bias, of those that are wanted, added up over chunks."""
 
     def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.hidden, self.weight, self.kinds = hidden, weight, ctx.kinds
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         self.of_hidden = torch.empty_like(hidden) if wants_hidden else None
         # Sums over all positions: in half precision small parts would be lost.
@@ -187,19 +193,22 @@ class _Gradients:
             self.of_weight += of_logits.T @ self.hidden[rows]
 
     def found(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the three, None for what is not wanted, each in the type of what it belongs to."""
-        of_weight = None if self.of_weight is None else self.of_weight.to(self.weight.dtype)
-        of_bias = None if self.of_bias is None or self.bias is None else self.of_bias.to(self.bias.dtype)
+        """Return the three, None for what is not wanted, each in the type of what was given."""
+        found = zip((self.of_weight, self.of_bias), self.kinds, strict=True)
+        of_weight, of_bias = (None if x is None else x.to(kind) for x, kind in found)
         return self.of_hidden, of_weight, of_bias
 
 
-def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the three in the type that autocast would take for a linear layer."""
+def _in_type_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+
+
+def _as_read(hidden: Tensor) -> Tensor:
+    """Return the states in the type that autocast would take for a linear layer, in which the layer is read, too."""
     kind = hidden.device.type
     if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(kind))
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:

@@ -120,6 +120,23 @@ def test_half_precision_is_worked_on_as_under_autocast() -> None:
             torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("function", [lambda *x: head_logprobs(*x).sum(), total_logprob])
+def test_the_gradient_of_a_weight_in_float32_is_added_up_in_float32_under_autocast(
+    function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own, "FEWEST_POSITIONS", 3)
+    monkeypatch.setitem(own.CHUNK_BYTES, "cpu", 1)
+    # What each position rounds off is little in the sum of many, unless that is rounded again; a sixteenth is exact.
+    hidden = 1 + torch.rand(1000, H, generator=torch.Generator().manual_seed(0))
+    weight = torch.zeros(16, H, requires_grad=True)
+    tokens = torch.zeros(1000, dtype=torch.long)
+    (expected,) = torch.autograd.grad(function(hidden, weight, None, tokens), weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = function(hidden, weight, None, tokens)
+    (found,) = torch.autograd.grad(loss, weight)
+    assert torch.linalg.vector_norm(found - expected) < 2**-12 * torch.linalg.vector_norm(expected)
+
+
 def test_no_position_gives_no_log_probability_and_a_gradient_of_zero() -> None:
     hidden, weight, _, tokens = inputs(bias=False)
     none = head_logprobs(hidden[:0], weight, None, tokens[:0])
