@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import shutil
 import signal
 import threading
 import zipfile
@@ -66,9 +67,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete the file, or the folder; a Ctrl-C meanwhile takes effect behind it."""
-        with ctrl_c_waits():
-            super().remove_checkpoint(path)
+        """Delete the file, or the folder."""
+        target = Path(path)
+        if "://" in str(path):
+            with ctrl_c_waits():
+                super().remove_checkpoint(path)
+        elif target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def head_logprobs(
     """Return log p(token) in nats under (weight hidden + bias) / temperature, in at least float32."""
     with_gradient = torch.is_grad_enabled()
     found: tuple[Tensor, Tensor] = _Logprobs.apply(
-        _as_read(hidden), weight, bias, tokens, temperature, False, with_gradient
+        _as_read(hidden, hidden), weight, bias, tokens, temperature, False, with_gradient
     )
     return found[0]
 
@@ -50,7 +50,7 @@ def head_logprobs_and_entropy(
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Return `head_logprobs` and the entropy of the same distributions in nats; detach what needs no gradient."""
     logprobs, entropies = _Logprobs.apply(
-        _as_read(hidden), weight, bias, tokens, temperature, True, torch.is_grad_enabled()
+        _as_read(hidden, hidden), weight, bias, tokens, temperature, True, torch.is_grad_enabled()
     )
     return logprobs, entropies
 
@@ -62,7 +62,7 @@ def total_logprob(
     tokens: Int[Tensor, " N"],
 ) -> Float[Tensor, ""]:
     """Return the sum of log p(token) in nats; its gradient is found beside it, so that no logits are made twice."""
-    total: Tensor = _TotalLogprob.apply(_as_read(hidden), weight, bias, tokens, torch.is_grad_enabled())
+    total: Tensor = _TotalLogprob.apply(_as_read(hidden, hidden), weight, bias, tokens, torch.is_grad_enabled())
     return total
 
 
@@ -93,8 +93,7 @@ class _Logprobs(torch.autograd.Function):
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.kinds = (weight.dtype, None if bias is None else bias.dtype)
-        weight, bias = _in_type_of(hidden, weight, bias)
+        weight, bias = _layer_as_read(ctx, hidden, weight, bias)
         logprobs, entropies, log_totals = (at_least_float32(hidden.new_zeros(len(tokens))) for _ in range(3))
         kept: list[Tensor] = []
         are_fused: list[bool] = []
@@ -140,8 +139,7 @@ class _TotalLogprob(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, with_gradient: bool
     ) -> Tensor:
-        ctx.kinds = (weight.dtype, None if bias is None else bias.dtype)
-        weight, bias = _in_type_of(hidden, weight, bias)
+        weight, bias = _layer_as_read(ctx, hidden, weight, bias)
         total = at_least_float32(hidden.new_zeros(()))
         gradients = _Gradients(ctx, hidden, weight, bias) if with_gradient else None
         with torch.autocast(hidden.device.type, enabled=False):
@@ -170,9 +168,8 @@ class _Gradients:
         self.hidden, self.weight, self.kinds = hidden, weight, ctx.kinds
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         self.of_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # Sums over all positions: in half precision small parts would be lost.
-        self.of_weight = torch.zeros_like(at_least_float32(weight.detach())) if wants_weight else None
-        self.of_bias = None if bias is None or not wants_bias else torch.zeros_like(at_least_float32(bias.detach()))
+        self.of_weight = _sum_of(weight) if wants_weight else None
+        self.of_bias = None if bias is None or not wants_bias else _sum_of(bias)
 
     def add(self, rows: slice, of_logits: Tensor) -> None:
         """Take the gradient of the logits of some positions."""
@@ -190,6 +187,7 @@ class _Gradients:
                 self.of_weight, of_logits.T, self.hidden[rows], out_dtype=self.of_weight.dtype, out=self.of_weight
             )
         else:
+            # Only the sum is float32: the product of a chunk is rounded here.
             self.of_weight += of_logits.T @ self.hidden[rows]
 
     def found(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -199,16 +197,23 @@ class _Gradients:
         return self.of_hidden, of_weight, of_bias
 
 
-def _in_type_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+def _sum_of(weight: Tensor) -> Tensor:
+    """Return nothing yet: a sum over all positions, of which small parts would be lost in half precision."""
+    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
-def _as_read(hidden: Tensor) -> Tensor:
-    """Return the states in the type that autocast would take for a linear layer, in which the layer is read, too."""
+def _layer_as_read(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the layer in the type in which autocast reads it; the context remembers the types of its gradients."""
+    ctx.kinds = (weight.dtype, None if bias is None else bias.dtype)
+    return _as_read(weight, hidden), None if bias is None else _as_read(bias, hidden)
+
+
+def _as_read(operand: Tensor, hidden: Tensor) -> Tensor:
+    """Return states or layer in the type that autocast would take for a linear layer of the states."""
     kind = hidden.device.type
     if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
-        return hidden
-    return hidden.to(torch.get_autocast_dtype(kind))
+        return operand
+    return operand.to(torch.get_autocast_dtype(kind))
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:

@@ -23,6 +23,17 @@ def word_tokenizer(vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
+def with_layers_of_peft(network: Any) -> None:
+    """Let the adapters of a network work as `peft` has them."""
+    from peft.tuners.lora import Linear
+
+    from rlhf_lightning.networks.adapted_linear import AdaptedLinear
+
+    for layer in network.modules():
+        if isinstance(layer, AdaptedLinear):
+            layer.__class__ = Linear
+
+
 def begin_peak() -> float:
     """Let `peak` count from now on; return the memory of this process in MiB. Linux only."""
     Path("/proc/self/clear_refs").write_text("5")

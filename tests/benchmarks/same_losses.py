@@ -2,23 +2,23 @@
 
 `python tests/benchmarks/same_losses.py` trains a small Llama by each stage as the package does by itself, and again
 with one way to save work left out, or put in where it is a setting. It prints a JSON line for each: the largest
-difference of the 20 losses over the loss. "Other rounding" is the measure beside which these stand: nothing is left
-out, and one weight is another number in its last place.
+difference of the 20 losses, over the largest of them. "Other rounding" is the measure beside which these stand: nothing
+is left out, and one weight is another number in its last place. PPO's losses are the policy's and the critic's.
 """
 
 import argparse
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import QUIET, word_tokenizer
-from lightning import Callback, Trainer
-from peft.tuners.lora import Linear
+from common import QUIET, with_layers_of_peft, word_tokenizer
+from lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -26,8 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from rlhf_lightning.data.collating import RankedSequences, comparison_batch, sft_batch
 from rlhf_lightning.data.tokenizing import TokenSequence
 from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
-from rlhf_lightning.networks import LoRA, by_sequence, last_block, length_groups, predictions, scores
-from rlhf_lightning.networks.adapted_linear import AdaptedLinear
+from rlhf_lightning.networks import LoRA, by_sequence, last_block, length_groups, predictions
 from rlhf_lightning.networks.checkpointing import checkpoint_blocks
 from rlhf_lightning.networks.compiling import compile_blocks
 from rlhf_lightning.networks.lora import add_adapter, train_adapter
@@ -42,8 +41,26 @@ VOCABULARY, WORDS = 512, 40
 SIZE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
 ROWS, LONGEST = 8, 96
 
-Way = tuple[dict[str, Any], Callable[[Any], Any]]
-"""Settings of the module, and the block in which it trains, given the networks that it trains."""
+Losses = dict[str, list[float]]
+"""Of each kind of loss that of each update."""
+
+
+def unchanged(_: nn.Module) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the module."""
+    change: Callable[[nn.Module], object] = unchanged
+    """Done to the network before the module is made of it."""
+    block: Callable[[], AbstractContextManager[object]] = nullcontext
+    """In which it trains."""
+    beside: "Way | None" = None
+    """What it is compared with; None: the package by itself."""
 
 
 def main() -> None:
@@ -52,82 +69,106 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for stage, ways in ((sft, SFT), (reward, REWARD), (ppo, PPO), (adapters, ADAPTERS)):
-        expected = stage({}, nullcontext)
-        assert len(expected) == UPDATES
-        for name, (settings, block) in {"other rounding": OTHER_ROUNDING, **ways}.items():
-            found = stage(settings, block)
-            moved = max(abs(one - other) / abs(other) for one, other in zip(found, expected, strict=True))
-            line = {"stage": stage.__name__, "way": name, "largest_move": float(f"{moved:.1e}")}
-            ends = {"first_loss": round(expected[0], 4), "last_loss": round(expected[-1], 4)}
-            print(json.dumps(line | ends), flush=True)
-            # One that computed the same numbers would have changed nothing.
-            assert 0 < moved < LARGEST_MOVE, line
+        by_itself = stage(Way())
+        assert by_itself == stage(Way()), "numbers move by themselves"
+        for name, way in {"other rounding": Way(change=round_otherwise), **ways}.items():
+            found, expected = stage(way), stage(way.beside) if way.beside else by_itself
+            moves = {kind: moved(found[kind], expected[kind]) for kind in expected}
+            print(json.dumps({"stage": stage.__name__, "way": name} | moves), flush=True)
+            assert max(moves.values()) < LARGEST_MOVE, moves
+            # To run blocks again is the one way that computes the very same numbers.
+            assert max(moves.values()) > 0 or way.change is checkpoint_blocks, "nothing was left out or put in"
 
 
-def sft(settings: dict[str, Any], block: Callable[[Any], Any]) -> list[float]:
+def moved(found: list[float], expected: list[float]) -> float:
+    assert len(found) == len(expected) == UPDATES
+    largest = max(abs(one - other) for one, other in zip(found, expected, strict=True))
+    return float(f"{largest / max(map(abs, expected)):.1e}")
+
+
+def sft(way: Way) -> Losses:
     batches = [
         sft_batch([TokenSequence(ids, len(ids) // 2) for ids in texts(ROWS, seed)], pad_token_id=0)
         for seed in range(UPDATES)
     ]
-    module = SFTModule(network(LlamaForCausalLM), learning_rate=1e-3, **settings)
-    return losses(module, batches, block(module.network), "sft/loss")
+    module = SFTModule(llama(LlamaForCausalLM, way), learning_rate=1e-3, **way.settings)
+    return logged(module, batches, way, "sft/loss")
 
 
-def reward(settings: dict[str, Any], block: Callable[[Any], Any]) -> list[float]:
+def reward(way: Way) -> Losses:
     batches = []
     for seed in range(UPDATES):
-        rows = [torch.cat([prompt[:8], ids[8:]]) for prompt, ids in in_pairs(texts(ROWS, seed))]
-        sequences = [TokenSequence(ids, 8) for ids in rows]
+        rows = texts(ROWS, seed)
+        # The two of a pair have one prompt.
+        sequences = [TokenSequence(torch.cat([rows[i - i % 2][:8], row[8:]]), 8) for i, row in enumerate(rows)]
         pairs = [RankedSequences(sequences[i : i + 2], ranks=[0, 1], ratings=[0.0, 0.0]) for i in range(0, ROWS, 2)]
         batches.append(comparison_batch(pairs, pad_token_id=0))
-    scorer = network(LlamaForSequenceClassification, num_labels=1)
-    tokenizer = word_tokenizer(VOCABULARY)
-    module = RewardModule(scorer, tokenizer=tokenizer, learning_rate=1e-4, shift_scores=False, **settings)
-    return losses(module, batches, block(module.network), "reward/loss")
+    module = RewardModule(
+        llama(LlamaForSequenceClassification, way, num_labels=1),
+        tokenizer=word_tokenizer(VOCABULARY),
+        learning_rate=1e-4,
+        shift_scores=False,
+        **way.settings,
+    )
+    return logged(module, batches, way, "reward/loss")
 
 
-def ppo(settings: dict[str, Any], block: Callable[[Any], Any], policy: nn.Module | None = None) -> list[float]:
-    module = Losses(
-        policy or network(LlamaForCausalLM),
+def ppo(way: Way) -> Losses:
+    return by_ppo(llama(LlamaForCausalLM, way), way)
+
+
+def adapters(way: Way) -> Losses:
+    policy = llama(LlamaForCausalLM, Way())
+    add_adapter(policy, LoRA())
+    train_adapter(policy)
+    way.change(policy)
+    return by_ppo(policy, way, critic="shared_trunk")
+
+
+def by_ppo(policy: nn.Module, way: Way, **settings: Any) -> Losses:
+    module = UpdateByUpdate(
+        policy,
         reward=lambda prompts, responses: [float(len(set(response.split()))) for response in responses],
         tokenizer=word_tokenizer(VOCABULARY),
         minibatch_size=ROWS,
         ppo_epochs=EPOCHS,
         max_new_tokens=32,
+        # Responses seldom end.
+        missing_eos="subtract",
+        missing_eos_penalty=0.0,
         learning_rate=1e-4,
         critic_learning_rate=1e-4,
         preflight=False,
-        **{"rescore": False, "micro_batch_size": ROWS, **settings},
+        **settings,
+        **way.settings,
     )
     prompts = [ids[: len(ids) // 2] for ids in texts(ROWS, 0)]
     longest = max(map(len, prompts))
     tokens = torch.stack([nn.functional.pad(ids, (longest - len(ids), 0)) for ids in prompts])
     said = [" ".join(f"w{i - 2}" for i in ids) for ids in prompts]
-    batch = PromptBatch(tokens, tokens != 0, list(said), said, {})
-    losses(module, [batch] * (UPDATES // EPOCHS), block(module.policy), "ppo/kl")
-    return module.found
+    train(module, [PromptBatch(tokens, tokens != 0, list(said), said, {})] * (UPDATES // EPOCHS), way)
+    return module.losses_of_updates
 
 
-def adapters(settings: dict[str, Any], block: Callable[[Any], Any]) -> list[float]:
-    policy = network(LlamaForCausalLM)
-    add_adapter(policy, LoRA())
-    train_adapter(policy)
-    return ppo({"critic": "shared_trunk", **settings}, block, policy)
+class UpdateByUpdate(PPOModule):
+    """Keeps the losses of each update: what a rollout logs is the mean of its updates."""
 
-
-class Losses(PPOModule):
-    """Keeps the loss of each update: what a rollout logs is the mean of its updates."""
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.losses_of_updates: Losses = {"policy_loss": [], "value_loss": []}
 
     def _accumulate_gradients(self, minibatch: Any) -> dict[str, torch.Tensor]:
         means = super()._accumulate_gradients(minibatch)
-        self.found = [*getattr(self, "found", []), float(means["policy_loss"] + means["value_loss"])]
+        for name, losses in self.losses_of_updates.items():
+            losses.append(float(means[name]))
         return means
 
 
-def network(kind: Any, **more: Any) -> Any:
+def llama(kind: Any, way: Way, **more: Any) -> Any:
     torch.manual_seed(0)
-    made = kind(LlamaConfig(**SIZE, vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=1, **more))
-    return made.eval()
+    made = kind(LlamaConfig(**SIZE, vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=1, **more)).eval()
+    way.change(made)
+    return made
 
 
 def texts(count: int, seed: int) -> list[torch.Tensor]:
@@ -136,20 +177,18 @@ def texts(count: int, seed: int) -> list[torch.Tensor]:
     return [torch.randint(2, 2 + WORDS, (length,), generator=noise) for length in lengths]
 
 
-def in_pairs(rows: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield each of them, the first of its pair beside it."""
-    for i, row in enumerate(rows):
-        yield rows[i - i % 2], row
-
-
-def losses(module: Any, batches: list[Any], block: Any, name: str) -> list[float]:
-    logged = Logged(name)
-    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=1, callbacks=[logged], **QUIET)
+def train(module: LightningModule, batches: list[Any], way: Way, *callbacks: Callback) -> None:
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=1, callbacks=[*callbacks], **QUIET)
     loader: Any = DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    with block:
+    with way.block():
         trainer.fit(module, loader)
-    return logged.found
+
+
+def logged(module: LightningModule, batches: list[Any], way: Way, name: str) -> Losses:
+    log = Logged(name)
+    train(module, batches, way, log)
+    return {"loss": log.found}
 
 
 class Logged(Callback):
@@ -163,28 +202,18 @@ class Logged(Callback):
         self.found.append(float(trainer.callback_metrics[self.name]))
 
 
-def without(*replaced: tuple[Any, str, Any]) -> Callable[[Any], Any]:
-    """Return a block in which parts of the package are others."""
-
-    @contextmanager
-    def block(_: Any) -> Iterator[None]:
-        with ExitStack() as stack:
-            for owner, name, other in replaced:
-                stack.enter_context(patch.object(owner, name, other))
-            yield
-
-    return block
+def without(owner: Any, name: str, other: Any = lambda *_, **__: None) -> Callable[[], AbstractContextManager[object]]:
+    """Return the block in which a part of the package is another one."""
+    return lambda: patch.object(owner, name, other)
 
 
-def after(change: Callable[[Any], None]) -> Callable[[Any], Any]:
-    """Return a block before which the network is changed."""
-
-    @contextmanager
-    def block(network: Any) -> Iterator[None]:
-        change(network)
+@contextmanager
+def reading_all() -> Iterator[None]:
+    """What is left where blocks are compiled, or run again in the backward: padding and all last states are read."""
+    with ExitStack() as stack:
+        for block in (reading_padding, NOT_THE_LAST_BLOCK):
+            stack.enter_context(block())
         yield
-
-    return block
 
 
 @torch.no_grad()
@@ -193,52 +222,41 @@ def round_otherwise(network: Any) -> None:
     weight[2, 0] = torch.nextafter(weight[2, 0], torch.tensor(torch.inf))
 
 
-def with_layers_of_peft(network: Any) -> None:
-    for layer in network.modules():
-        if isinstance(layer, AdaptedLinear):
-            layer.__class__ = Linear
+ADAMW = torch.optim.AdamW
 
 
 def unfused(groups: Any, *, fused: Any, **settings: Any) -> torch.optim.Optimizer:
     return ADAMW(groups, **settings)
 
 
-def nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
-OTHER_ROUNDING: Way = ({}, after(round_otherwise))
-OUTPUT_LAYER = (predictions, "plain_head", nothing)
-LAST_BLOCK = (last_block, "_part_by_token", nothing)
-SHORT = (by_sequence, "LONGEST", 0)
-GROUPS = (length_groups, "WORTH", 10**9)
-ADAMW = torch.optim.AdamW
-NETWORKS: dict[str, Way] = {
-    "last block at all states": ({}, without(LAST_BLOCK)),
-    "padding read": ({}, lambda _: reading_padding()),
-    "attention of torch": ({}, without(SHORT)),
-    "sequences of all lengths together": ({}, without(GROUPS)),
-    "gradient checkpointing": ({}, after(checkpoint_blocks)),
-    "compiled": ({}, after(compile_blocks)),
-    "AdamW step by step": ({}, without((torch.optim, "AdamW", unfused))),
+NOT_THE_LAST_BLOCK = without(last_block, "_part_by_token")
+READING_ALL = Way(block=reading_all)
+NOT_SCORED_AGAIN = Way({"rescore": False})
+STAGES = {
+    "padding read": Way(block=reading_padding),
+    "last block at all states": Way(block=NOT_THE_LAST_BLOCK),
+    "attention of torch": Way(block=without(by_sequence, "LONGEST", 0)),
+    "sequences of all lengths together": Way(block=without(length_groups, "WORTH", 10**9)),
+    "AdamW step by step": Way(block=without(torch.optim, "AdamW", unfused)),
+    "gradient checkpointing, beside all read": Way(change=checkpoint_blocks, beside=READING_ALL),
+    "compiled, beside all read": Way(change=compile_blocks, beside=READING_ALL),
 }
-SFT: dict[str, Way] = {"logits everywhere": ({}, without(OUTPUT_LAYER)), **NETWORKS}
-REWARD: dict[str, Way] = {
-    "scalar head everywhere": ({}, without((scores, "plain_scalar_head", nothing))),
-    **NETWORKS,
-    "shared prompts": ({"share_prompts": True}, nullcontext),
+LOGITS = {"logits everywhere": Way(block=without(predictions, "plain_head"))}
+SFT = {**LOGITS, **STAGES}
+REWARD = {**STAGES, "shared prompts": Way({"share_prompts": True})}
+PPO = {
+    **LOGITS,
+    **STAGES,
+    "2 sequences in a backward": Way({"micro_batch_size": 2}),
+    "128 tokens in a backward": Way({"micro_batch_tokens": 128}),
+    "policy not scored again": NOT_SCORED_AGAIN,
+    "sampler's weights in their own order, beside that": Way(
+        {"rescore": False}, block=without(reordered, "_is_at_hand", lambda: False), beside=NOT_SCORED_AGAIN
+    ),
 }
-PPO: dict[str, Way] = {
-    "logits everywhere": ({}, without(OUTPUT_LAYER)),
-    **NETWORKS,
-    "policy scored again": ({"rescore": True}, nullcontext),
-    "2 sequences in a backward": ({"micro_batch_size": 2}, nullcontext),
-    "128 tokens in a backward": ({"micro_batch_tokens": 128}, nullcontext),
-    "weights in their own order": ({}, without((reordered, "_is_at_hand", lambda: False))),
-}
-ADAPTERS: dict[str, Way] = {
-    "adapters by peft": ({}, after(with_layers_of_peft)),
-    "policy and critic scored again": ({"rescore": True}, nullcontext),
+ADAPTERS = {
+    "adapters by peft": Way(change=with_layers_of_peft),
+    "policy and critic not scored again": NOT_SCORED_AGAIN,
 }
 
 

@@ -17,12 +17,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from peft.tuners.lora import Linear
+from common import with_layers_of_peft
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from rlhf_lightning.networks import LoRA, by_sequence, length_groups
-from rlhf_lightning.networks.adapted_linear import AdaptedLinear, lighten
+from rlhf_lightning.networks.adapted_linear import lighten
 from rlhf_lightning.networks.lora import add_adapter, train_adapter
 from rlhf_lightning.networks.unpadded import last_states
 
@@ -81,7 +81,7 @@ def works(size: dict[str, Any]) -> dict[str, tuple[Callable[[], float], Callable
     return {
         "scores": (work(body, ends, None), work(body, ends, ends)),
         "responses": (work(body, responses, None), work(body, responses, responses)),
-        "adapters": (work(adapted, mask, None, with_layers_of_peft), work(adapted, mask, None)),
+        "adapters": (work(adapted, mask, None, by_peft), work(adapted, mask, None)),
         "short sequences": (
             work(body, short[1], None, with_attention_of_torch, given=short),
             work(body, short[1], None, given=short),
@@ -90,10 +90,8 @@ def works(size: dict[str, Any]) -> dict[str, tuple[Callable[[], float], Callable
 
 
 @contextmanager
-def with_layers_of_peft(network: Any) -> Iterator[None]:
-    for layer in network.modules():
-        if isinstance(layer, AdaptedLinear):
-            layer.__class__ = Linear
+def by_peft(network: Any) -> Iterator[None]:
+    with_layers_of_peft(network)
     yield
     lighten(network)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from fsspec.implementations.local import LocalFileSystem
 
 from rlhf_lightning.callbacks import AtomicCheckpointIO, newest_whole
 from rlhf_lightning.callbacks.checkpoint_file import fault
@@ -125,22 +124,32 @@ def test_ctrl_c_in_the_middle_of_writing_takes_effect_behind_it(path: Path) -> N
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_ctrl_c_while_an_old_file_is_deleted_is_not_lost(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_up = LocalFileSystem.info
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_ctrl_c_while_an_old_file_is_deleted_is_not_lost(
+    scheme: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_up = os.stat
 
-    def interrupted(self: LocalFileSystem, *arguments: Any, **named: Any) -> Any:
+    def interrupted(*arguments: Any, **named: Any) -> os.stat_result:
+        monkeypatch.setattr(os, "stat", look_up)
         signal.raise_signal(signal.SIGINT)
-        return looked_up(self, *arguments, **named)
+        return look_up(*arguments, **named)
 
-    monkeypatch.setattr(LocalFileSystem, "info", interrupted)
     # A suite that was started in the background ignores SIGINT.
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        monkeypatch.setattr(os, "stat", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            AtomicCheckpointIO().remove_checkpoint(path)
+            AtomicCheckpointIO().remove_checkpoint(f"{scheme}{path}")
     finally:
         signal.signal(signal.SIGINT, old)
-    assert not path.exists()
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_files_and_folders_are_deleted_and_what_is_not_there_is_no_error(scheme: str, path: Path) -> None:
+    for target in (path, path, path.parent):
+        AtomicCheckpointIO().remove_checkpoint(f"{scheme}{target}")
+        assert not target.exists()
 
 
 @pytest.mark.parametrize("save", ["torch", "pickle"])

@@ -121,20 +121,28 @@ def test_half_precision_is_worked_on_as_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("function", [lambda *x: head_logprobs(*x).sum(), total_logprob])
-def test_the_gradient_of_a_weight_in_float32_is_added_up_in_float32_under_autocast(
+def test_gradients_of_a_layer_in_float32_are_added_up_over_chunks_in_float32_under_autocast(
     function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(own, "FEWEST_POSITIONS", 3)
     monkeypatch.setitem(own.CHUNK_BYTES, "cpu", 1)
     # What each position rounds off is little in the sum of many, unless that is rounded again; a sixteenth is exact.
     hidden = 1 + torch.rand(1000, H, generator=torch.Generator().manual_seed(0))
-    weight = torch.zeros(16, H, requires_grad=True)
+    layer = [torch.zeros(16, H, requires_grad=True), torch.zeros(16, requires_grad=True)]
     tokens = torch.zeros(1000, dtype=torch.long)
-    (expected,) = torch.autograd.grad(function(hidden, weight, None, tokens), weight)
+    expected = torch.autograd.grad(function(hidden, *layer, tokens), layer)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = function(hidden, weight, None, tokens)
-    (found,) = torch.autograd.grad(loss, weight)
-    assert torch.linalg.vector_norm(found - expected) < 2**-12 * torch.linalg.vector_norm(expected)
+        loss = function(hidden, *layer, tokens)
+    for one, other in zip(torch.autograd.grad(loss, layer), expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.linalg.vector_norm(one - other) < 2**-12 * torch.linalg.vector_norm(other)
+
+
+@pytest.mark.parametrize("function", [head_logprobs, head_logprobs_and_entropy, total_logprob])
+def test_states_and_layer_of_two_types_are_refused_as_by_a_linear_layer(function: Callable[..., Any]) -> None:
+    hidden, weight, _, tokens = inputs(torch.float32)
+    with pytest.raises(RuntimeError, match="dtype"):
+        function(hidden.bfloat16(), weight, None, tokens)
 
 
 def test_no_position_gives_no_log_probability_and_a_gradient_of_zero() -> None:

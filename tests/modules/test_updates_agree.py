@@ -8,6 +8,7 @@ import torch
 
 from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.networks import predictions as output_layer
+from rlhf_lightning.networks.by_sequence import attends_by_sequence
 from rlhf_lightning.types import ComparisonBatch, PromptBatch, SFTBatch
 
 pytestmark = [
@@ -51,10 +52,17 @@ def test_fine_tuning_with_logits_where_they_count(
     assert after == pytest.approx(losses(), rel=1e-4)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_fine_tuning_on_packed_sequences(kind: str, policy: Callable[..., Any], fit: Callable[..., Any]) -> None:
+def test_fine_tuning_on_packed_sequences(
+    kind: str, attention: str, policy: Callable[..., Any], fit: Callable[..., Any]
+) -> None:
     def losses(*, packing: bool) -> list[float]:
-        module = SFTModule(policy(kind), learning_rate=1e-2, packing=packing)
+        network = policy(kind)
+        network.set_attn_implementation(attention)
+        # In rows with a mask in blocks, where attention is not by sequence.
+        assert attends_by_sequence(network) == (attention == "sdpa")
+        module = SFTModule(network, learning_rate=1e-2, packing=packing)
         return list(fit(module, demonstrations(UPDATES), max_epochs=1)["sft/loss"])
 
     packed = losses(packing=True)

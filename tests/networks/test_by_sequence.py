@@ -233,19 +233,32 @@ def test_autocast_leaves_float64_as_it_is() -> None:
     assert torch.equal(found.result, expected.result)
 
 
-def test_gradients_of_a_prompt_with_many_responses_lose_no_part_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")],
+        ),
+    ],
+)
+def test_gradients_of_a_prompt_with_many_responses_lose_no_part_in_bfloat16(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(by_sequence, "multiplies_bfloat16", lambda: True)
     number = 512
-    tokens, mask = padded([4] * number)
+    tokens, mask = (x.to(device) for x in padded([4] * number))
     tokens[:, :3] = tokens[0, :3]
-    with reading(llama(), share_prompts(tokens, mask, torch.zeros(number, dtype=torch.long), packing=True)) as how:
+    prompts = torch.zeros(number, dtype=torch.long, device=device)
+    with reading(llama().to(device), share_prompts(tokens, mask, prompts, packing=True)) as how:
         sequences = how["sequences"]
     torch.manual_seed(0)
     places = sequences.tokens.numel()
-    half = [torch.randn(1, 4, places, 8, dtype=torch.bfloat16) for _ in range(3)]
+    half = [torch.randn(1, 4, places, 8).bfloat16().to(device) for _ in range(3)]
     whole = [x.float() for x in half]
     # Of one sign: a sum of 512 that rounds after each part stands still before its end.
-    weights = torch.rand(1, places, 4, 8).bfloat16()
+    weights = torch.rand(1, places, 4, 8).bfloat16().to(device)
     found = []
     for states in (half, whole):
         given = [x.clone().requires_grad_() for x in states]
