@@ -33,11 +33,10 @@ def head_logprobs(
     temperature: float = 1.0,
 ) -> Float[Tensor, " N"]:
     """Return log p(token) in nats under (weight hidden + bias) / temperature, in at least float32."""
-    with_gradient = torch.is_grad_enabled()
-    found: tuple[Tensor, Tensor] = _Logprobs.apply(
-        _as_read(hidden, hidden), weight, bias, tokens, temperature, False, with_gradient
-    )
-    return found[0]
+    logprobs: Tensor = _Logprobs.apply(
+        _as_read(hidden, hidden), weight, bias, tokens, temperature, False, torch.is_grad_enabled()
+    )[0]
+    return logprobs
 
 
 def head_logprobs_and_entropy(
@@ -198,7 +197,7 @@ class _Gradients:
 
 
 def _sum_of(weight: Tensor) -> Tensor:
-    """Return nothing yet: a sum over all positions, of which small parts would be lost in half precision."""
+    """Return a sum over all positions that is 0 yet, not in half precision: small parts would be lost."""
     return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 

@@ -15,13 +15,17 @@ def at_least_float32(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def has_onednn() -> bool:
+    """Return whether torch has oneDNN and it is switched on (``torch.backends.mkldnn``)."""
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
 def multiplies_bfloat16() -> bool:
     """Return whether the CPU has products of bfloat16 and torch uses them, by oneDNN.
 
     Elsewhere they are made of others, and slower than those of float32. Not known before torch can say it.
     """
-    is_on = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    return is_on and any(_abilities().get(name, False) for name in PRODUCTS)
+    return has_onednn() and any(_abilities().get(name, False) for name in PRODUCTS)
 
 
 @cache

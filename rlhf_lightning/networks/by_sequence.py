@@ -101,9 +101,10 @@ class _Spread(torch.autograd.Function):
         at_places = gradient.index_select(0, sequences.tokens).index_fill_(0, sequences.fill, 0)
         if (beginnings := sequences.beginnings) is not None:
             # As slices of sequences: adding up token by token takes longer than the attention.
-            # Sums over many sequences: in half precision small parts would be lost, except on a CPU, where torch adds
-            # up in float32 by itself.
-            added = at_least_float32(gradient.new_zeros(len(beginnings.leader), beginnings.longest, gradient.shape[1]))
+            added = gradient.new_zeros(len(beginnings.leader), beginnings.longest, gradient.shape[1])
+            if gradient.device.type != "cpu":
+                # In half precision small parts of a sum over many sequences would be lost; a CPU's is float32 itself.
+                added = at_least_float32(added)
             shapes, sizes = sequences.groups.shapes, sequences.groups.sizes
             leaders = beginnings.leader.split([number for number, _ in shapes])
             for leader, shape, of_group in zip(leaders, shapes, gradient.split(sizes), strict=True):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.functional.precision import multiplies_bfloat16
+from rlhf_lightning.functional.precision import has_onednn, multiplies_bfloat16
 from rlhf_lightning.networks.compiling import is_compiled
 from rlhf_lightning.networks.plain_head import is_watched
 from rlhf_lightning.rollout.stand_ins import plain_layers
@@ -72,8 +72,7 @@ def _layers(policy: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
 
 
 def _is_at_hand() -> bool:
-    is_on = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    return is_on and all(hasattr(torch.ops.mkldnn, name) for name in NEEDED)
+    return has_onednn() and all(hasattr(torch.ops.mkldnn, name) for name in NEEDED)
 
 
 def _is_worth_it(layer: nn.Linear) -> bool:

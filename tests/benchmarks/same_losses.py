@@ -11,7 +11,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -210,9 +210,7 @@ def without(owner: Any, name: str, other: Any = lambda *_, **__: None) -> Callab
 @contextmanager
 def reading_all() -> Iterator[None]:
     """What is left where blocks are compiled, or run again in the backward: padding and all last states are read."""
-    with ExitStack() as stack:
-        for block in (reading_padding, NOT_THE_LAST_BLOCK):
-            stack.enter_context(block())
+    with reading_padding(), NOT_THE_LAST_BLOCK():
         yield
 
 
@@ -232,7 +230,7 @@ def unfused(groups: Any, *, fused: Any, **settings: Any) -> torch.optim.Optimize
 NOT_THE_LAST_BLOCK = without(last_block, "_part_by_token")
 READING_ALL = Way(block=reading_all)
 NOT_SCORED_AGAIN = Way({"rescore": False})
-STAGES = {
+OF_ANY_STAGE = {
     "padding read": Way(block=reading_padding),
     "last block at all states": Way(block=NOT_THE_LAST_BLOCK),
     "attention of torch": Way(block=without(by_sequence, "LONGEST", 0)),
@@ -242,11 +240,11 @@ STAGES = {
     "compiled, beside all read": Way(change=compile_blocks, beside=READING_ALL),
 }
 LOGITS = {"logits everywhere": Way(block=without(predictions, "plain_head"))}
-SFT = {**LOGITS, **STAGES}
-REWARD = {**STAGES, "shared prompts": Way({"share_prompts": True})}
+SFT = {**LOGITS, **OF_ANY_STAGE}
+REWARD = {**OF_ANY_STAGE, "shared prompts": Way({"share_prompts": True})}
 PPO = {
     **LOGITS,
-    **STAGES,
+    **OF_ANY_STAGE,
     "2 sequences in a backward": Way({"micro_batch_size": 2}),
     "128 tokens in a backward": Way({"micro_batch_tokens": 128}),
     "policy not scored again": NOT_SCORED_AGAIN,
