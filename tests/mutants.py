@@ -359,6 +359,22 @@ MUTANTS = (
         50,
     ),
     Mutant(
+        "the gradient of a norm is that of a product with its scale",
+        "rlhf_lightning/functional/few_passes.py",
+        "of_x.addcmul_(normed, along, value=-1 / x.shape[-1]).mul_(scale)",
+        "of_x.mul_(scale)",
+        ("tests/functional/test_few_passes.py", "tests/networks/test_few_passes.py"),
+        50,
+    ),
+    Mutant(
+        "gradients are rotated forward again",
+        "rlhf_lightning/functional/few_passes.py",
+        "_turned(gradient, cos, second, -first)",
+        "_turned(gradient, cos, -first, second)",
+        ("tests/functional/test_few_passes.py", "tests/networks/test_few_passes.py"),
+        50,
+    ),
+    Mutant(
         "sampling leaves out biases",
         ROLLOUT + "reordered.py",
         'self.copy, self.bias, "none"',

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.networks.attending import attending
 from rlhf_lightning.networks.by_sequence import BY_SEQUENCE, Beginnings, Sequences, attends_by_sequence
+from rlhf_lightning.networks.few_passes import in_few_passes
 from rlhf_lightning.networks.last_block import reading_states
 from rlhf_lightning.networks.length_groups import group_by_length
 
@@ -184,7 +185,7 @@ def last_hidden_state(
     if read is not None:
         places = torch.zeros_like(packed.tokens, dtype=torch.bool)
         places[packed.rows.expand_as(packed.columns)[read], packed.columns[read]] = True
-    with reading(body, packed) as told, reading_states(body, places):
+    with reading(body, packed) as told, reading_states(body, places), in_few_passes(body):
         hidden: Tensor = body(input_ids=packed.tokens, use_cache=False, **told).last_hidden_state
     return hidden
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rlhf_lightning.functional.head_logprobs import head_logprobs, head_logprobs_and_entropy, total_logprob
 from rlhf_lightning.functional.logprobs import entropy, gather_logprobs
 from rlhf_lightning.functional.precision import at_least_float32
+from rlhf_lightning.networks.few_passes import in_few_passes
 from rlhf_lightning.networks.last_block import reading_states
 from rlhf_lightning.networks.plain_head import plain_head
 from rlhf_lightning.networks.unpadded import last_states
@@ -97,7 +98,7 @@ def predictions(
         read = torch.zeros_like(counted)
         read[:, :-1] = counted[:, 1:]
     if attention_mask is None or more:
-        with reading_states(model.base_model, read):
+        with reading_states(model.base_model, read), in_few_passes(model.base_model):
             hidden: Tensor = model.base_model(**inputs).last_hidden_state
     else:
         hidden = last_states(model.base_model, tokens, attention_mask, position_ids=position_ids, read=read)

@@ -45,6 +45,7 @@ def last_states(
     On a CPU, where it is faster, the real tokens alone are read if the network attends by sequence; their positions are
     counted from 0 then. ``position_ids`` are what it is told otherwise. None reads all states.
     """
+    from rlhf_lightning.networks.few_passes import in_few_passes
     from rlhf_lightning.networks.last_block import reading_states
 
     read = None if read is None else read & attention_mask
@@ -54,7 +55,7 @@ def last_states(
             return found
     network: Any = body
     inputs = {} if position_ids is None else {"position_ids": position_ids}
-    with reading_states(body, read):
+    with reading_states(body, read), in_few_passes(body):
         hidden: Tensor = network(
             input_ids=tokens, attention_mask=attention_mask.long(), use_cache=False, **inputs
         ).last_hidden_state
@@ -65,13 +66,14 @@ def _without_padding(body: nn.Module, tokens: Tensor, attention_mask: Tensor, st
     """Return the states, None where not every layer of the network was told of the sequences."""
     from rlhf_lightning.networks.attending import attending
     from rlhf_lightning.networks.by_sequence import BY_SEQUENCE, Padded, was_told_to_every_layer
+    from rlhf_lightning.networks.few_passes import in_few_passes
     from rlhf_lightning.networks.last_block import reading_states
 
     network: Any = body
     padded = Padded(tokens, attention_mask, attention_mask.flatten().nonzero().squeeze(1))
     sequences = replace(one_row(attention_mask.sum(dim=1)), padded=padded)
     of_row = None if states is None else states[attention_mask].unsqueeze(0)
-    with attending(body, BY_SEQUENCE), reading_states(body, of_row):
+    with attending(body, BY_SEQUENCE), reading_states(body, of_row), in_few_passes(body):
         read: Tensor = network(
             input_ids=tokens[attention_mask].unsqueeze(0),
             position_ids=count(attention_mask)[attention_mask].unsqueeze(0),

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from rlhf_lightning.data.collating import RankedSequences, comparison_batch, sft_batch
 from rlhf_lightning.data.tokenizing import TokenSequence
 from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
-from rlhf_lightning.networks import LoRA, by_sequence, last_block, length_groups, predictions
+from rlhf_lightning.networks import LoRA, by_sequence, few_passes, last_block, length_groups, predictions
 from rlhf_lightning.networks.checkpointing import checkpoint_blocks
 from rlhf_lightning.networks.compiling import compile_blocks
 from rlhf_lightning.networks.lora import add_adapter, train_adapter
@@ -209,8 +209,8 @@ def without(owner: Any, name: str, other: Any = lambda *_, **__: None) -> Callab
 
 @contextmanager
 def reading_all() -> Iterator[None]:
-    """What is left where blocks are compiled, or run again in the backward: padding and all last states are read."""
-    with reading_padding(), NOT_THE_LAST_BLOCK():
+    """What is left where blocks are compiled, or run again in the backward: all is read, operation by operation."""
+    with reading_padding(), NOT_THE_LAST_BLOCK(), IN_MANY_PASSES():
         yield
 
 
@@ -228,11 +228,13 @@ def unfused(groups: Any, *, fused: Any, **settings: Any) -> torch.optim.Optimize
 
 
 NOT_THE_LAST_BLOCK = without(last_block, "_part_by_token")
+IN_MANY_PASSES = without(few_passes, "is_checkpointed", lambda _: True)
 READING_ALL = Way(block=reading_all)
 NOT_SCORED_AGAIN = Way({"rescore": False})
 OF_ANY_STAGE = {
     "padding read": Way(block=reading_padding),
     "last block at all states": Way(block=NOT_THE_LAST_BLOCK),
+    "norms, gates and positions of transformers": Way(block=IN_MANY_PASSES),
     "attention of torch": Way(block=without(by_sequence, "LONGEST", 0)),
     "sequences of all lengths together": Way(block=without(length_groups, "WORTH", 10**9)),
     "AdamW step by step": Way(block=without(torch.optim, "AdamW", unfused)),
