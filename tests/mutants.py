@@ -369,8 +369,8 @@ MUTANTS = (
     Mutant(
         "gradients are rotated forward again",
         "rlhf_lightning/functional/few_passes.py",
-        "_turned(gradient, cos, second, -first)",
-        "_turned(gradient, cos, -first, second)",
+        "_turned(gradient, cos, of_second, -of_first)",
+        "_turned(gradient, cos, -of_first, of_second)",
         ("tests/functional/test_few_passes.py", "tests/networks/test_few_passes.py"),
         50,
     ),

@@ -1,7 +1,7 @@
 """What stands between a transformer's products of matrices, in fewer passes over memory than operation by operation.
 
-On a CPU such a pass takes as long as a few hundred thousand operations of a product, and autograd makes one of each
-line of a formula, several of its gradient, and keeps what it reads there. There are no second derivatives.
+Autograd makes a pass for each operation and more for its gradient, and keeps what each of them was given; on a CPU that
+takes time beside products of some hundred units. There are no second derivatives.
 """
 
 from typing import Any
@@ -52,7 +52,7 @@ class _RMSNorm(torch.autograd.Function):
         normed = x * scale
         by_unit = normed * gradient
         if ctx.needs_input_grad[1]:
-            of_weight = by_unit.flatten(0, -2).sum(dim=0)
+            of_weight = by_unit.reshape(-1, len(weight)).sum(dim=0)
         if ctx.needs_input_grad[0]:
             # PPO runs its backward under autocast, too.
             with torch.autocast(x.device.type, enabled=False):
@@ -68,24 +68,26 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.kind = x.dtype
-        first, second = sin.chunk(2, dim=-1)
-        return _turned(x, cos, -first, second)
+        ctx.dtype = x.dtype
+        of_first, of_second = sin.chunk(2, dim=-1)
+        return _turned(x, cos, -of_first, of_second)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        first, second = sin.chunk(2, dim=-1)
-        return _turned(gradient, cos, second, -first).to(ctx.kind), None, None
+        # What was read with one half of sin gets its gradient with it; as a rule both halves are equal.
+        of_first, of_second = sin.chunk(2, dim=-1)
+        return _turned(gradient, cos, of_second, -of_first).to(ctx.dtype), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, of_second: Tensor, of_first: Tensor) -> Tensor:
-    """Return x cos, with the second half of x times ``of_second`` added to the first half of it, and the other way."""
+def _turned(x: Tensor, cos: Tensor, to_first: Tensor, to_second: Tensor) -> Tensor:
+    """Return (a, b) cos + (b to_first, a to_second), of x = (a, b) in halves of D."""
     turned = x * cos
-    first, second = x.to(turned.dtype).chunk(2, dim=-1)
-    for half, other, sin in zip(turned.chunk(2, dim=-1), (second, first), (of_second, of_first), strict=True):
-        half.addcmul_(other, sin)
+    a, b = x.to(turned.dtype).chunk(2, dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    first.addcmul_(b, to_first)
+    second.addcmul_(a, to_second)
     return turned
 
 

@@ -6,7 +6,6 @@ something else by the same name keeps it.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from functools import cache, partial
 from inspect import signature
 from types import FunctionType, MethodType
@@ -24,11 +23,11 @@ from rlhf_lightning.networks.compiling import is_compiled
 ROTATION = "apply_rotary_pos_emb"
 """What the attention of `transformers` calls the function for its queries and keys."""
 
-TOLD = ["q", "k", "cos", "sin", "unsqueeze_dim"]
-"""What that function is told."""
+ROTATION_ARGUMENTS = ["q", "k", "cos", "sin", "unsqueeze_dim"]
+"""What that function is given."""
 
-GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-"""The parts of a feed-forward part with a gate, and all that is read in its ``forward``."""
+GATED_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+"""The parts of a feed-forward part with a gate, and the only names that its ``forward`` uses."""
 
 _found: "WeakKeyDictionary[nn.Module, list[tuple[nn.Module, Callable[..., Any]]]]" = WeakKeyDictionary()
 """Of each body, its parts and what stands in for their ``forward``."""
@@ -38,12 +37,13 @@ _found: "WeakKeyDictionary[nn.Module, list[tuple[nn.Module, Callable[..., Any]]]
 def in_few_passes(body: nn.Module) -> Iterator[None]:
     """Let the body make the same numbers, to rounding, in fewer passes over memory, for the block.
 
-    On a CPU, in float32; blocks that are run again in the backward, by then outside, or compiled stay as they are.
+    On a CPU, in float32; blocks that are run again in the backward, by then outside, or compiled stay as they are. What
+    its parts are is looked at once; attention sees the names of its module as they were then.
     """
     put_in: list[nn.Module] = []
-    if next(body.parameters()).device.type == "cpu" and not is_checkpointed(body) and not is_compiled(body):
+    if _may_be_replaced(body):
         if body not in _found:
-            _found[body] = [(part, forward) for part in body.modules() if (forward := _forward(part)) is not None]
+            _found[body] = _replacements(body)
         for part, forward in _found[body]:
             # Whoever put in another forward meant it.
             if "forward" not in vars(part):
@@ -56,12 +56,28 @@ def in_few_passes(body: nn.Module) -> Iterator[None]:
             del part.forward
 
 
-def _forward(part: nn.Module) -> Callable[..., Any] | None:
-    """Return what stands in for the part's ``forward``, None for what stays as it is."""
+def _may_be_replaced(body: nn.Module) -> bool:
+    on_cpu = next(body.parameters()).device.type == "cpu"
+    # The blocks of `transformers` have a setting of their own for it.
+    by_transformers = any(getattr(part, "gradient_checkpointing", False) for part in body.modules())
+    runs_again = is_checkpointed(body) or by_transformers
+    return on_cpu and not runs_again and not is_compiled(body)
+
+
+@torch.no_grad()
+def _replacements(body: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """Return the parts of the body of which something is known to stand in for their ``forward``, and that."""
+    parts = [part for part in body.modules() if part is not body]
+    # What is found must not depend on who reads first.
+    with torch.autocast("cpu", enabled=False):
+        return [(part, forward) for part in parts if (forward := _replacement(part)) is not None]
+
+
+def _replacement(part: Any) -> Callable[..., Any] | None:
     if _is_rms_norm(part):
         return partial(_normed, part)
     if _is_gated(part):
-        return partial(_gated, part)
+        return partial(_gated, part, part.act_fn)
     if (forward := _with_rotation(type(part).forward)) is not None:
         return MethodType(forward, part)
     return None
@@ -76,68 +92,76 @@ def _normed(norm: Any, states: Tensor) -> Tensor:
     return rms_norm(states, weight, norm.variance_epsilon)
 
 
-def _gated(part: Any, states: Tensor) -> Tensor:
+def _gated(part: Any, activation: nn.Module, states: Tensor) -> Tensor:
     gate, up = part.gate_proj(states), part.up_proj(states)
     # In bfloat16 a CPU takes longer to make it again than to read it.
-    in_float32 = gate.dtype == up.dtype == torch.float32
-    made: Tensor = part.down_proj(silu_gate(gate, up) if in_float32 else part.act_fn(gate) * up)
+    is_known = gate.dtype == up.dtype == torch.float32 and part.act_fn is activation
+    made: Tensor = part.down_proj(silu_gate(gate, up) if is_known else part.act_fn(gate) * up)
     return made
 
 
-def _rotated(
-    plain: Callable[..., Any], query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any
-) -> Any:
-    # Some rotate a part of the units alone.
-    is_whole = cos.shape[-1] == query.shape[-1]
-    if more or named or not is_whole or not cos.dtype == sin.dtype == torch.float32:
-        return plain(query, key, cos, sin, *more, **named)
+def _rotated(plain: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    if named or len(args) != 4 or not _are_rotated_whole(*args):
+        return plain(*args, **named)
+    query, key, cos, sin = args
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return rotate(query, cos, sin), rotate(key, cos, sin)
 
 
-@torch.no_grad()
+def _are_rotated_whole(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Return whether each token and unit of query and key, (B, heads, T, D), has its own angle, which is not learnt."""
+    shapes = {(x.shape[-2], x.shape[-1]) for x in (query, key, cos, sin)}
+    return len(shapes) == 1 and cos.dtype == sin.dtype == torch.float32 and not (cos.requires_grad or sin.requires_grad)
+
+
 def _is_rms_norm(part: Any) -> bool:
     """Return whether it has a weight alone, and makes of numbers what `rms_norm` does."""
     names = [name for name, _ in part.named_parameters()]
     if not type(part).__name__.endswith("RMSNorm") or names != ["weight"] or "variance_epsilon" not in vars(part):
         return False
+    if not _reads_one(part):
+        return False
     # Its own weight may be in parts on several processes, or without numbers.
     (size,) = part.weight.shape
-    weight, states = torch.linspace(0.5, 1.5, size), _numbers(3, size)
+    weight = torch.linspace(0.5, 1.5, size, dtype=torch.float32, device="cpu")
+    # Of small states epsilon is most of what they are divided by.
+    states = _numbers(3, size) * torch.logspace(0, -5, 3, dtype=torch.float32, device="cpu").unsqueeze(1)
     made = type(part).forward(_holding(part, _parameters={"weight": weight}), states)
-    return torch.allclose(made, rms_norm(states, weight, part.variance_epsilon))
+    return torch.allclose(made, rms_norm(states, weight, part.variance_epsilon), atol=0)
 
 
-@torch.no_grad()
 def _is_gated(part: Any) -> bool:
     """Return whether it is down(silu(gate(x)) up(x)) and nothing else."""
     forward = type(part).forward
-    if not isinstance(forward, FunctionType) or set(forward.__code__.co_names) != GATED:
+    if not isinstance(forward, FunctionType) or set(forward.__code__.co_names) != GATED_PARTS:
         return False
-    if {name for name, _ in part.named_children()} != GATED:
+    if {name for name, _ in part.named_children()} != GATED_PARTS or not _reads_one(part):
         return False
-    matrices = {
-        name: _Product(_numbers(4, 4) * (i + 1)) for i, name in enumerate(("gate_proj", "up_proj", "down_proj"))
-    }
-    gate, up, down = matrices.values()
+    gate, up, down = (_Product(_numbers(4, 4) * factor) for factor in (1, 2, 3))
+    stand_ins = {"gate_proj": gate, "up_proj": up, "down_proj": down, "act_fn": part.act_fn}
     states = _numbers(3, 4)
-    made = type(part).forward(_holding(part, _modules={**matrices, "act_fn": part.act_fn}), states)
+    made = forward(_holding(part, _modules=stand_ins), states)
     return torch.allclose(made, down(silu_gate(gate(states), up(states))))
+
+
+def _reads_one(part: nn.Module) -> bool:
+    """Return whether states are all that its ``forward`` may be given."""
+    return len(signature(type(part).forward).parameters) == 2
 
 
 @cache
 def _with_rotation(forward: Callable[..., Any]) -> FunctionType | None:
     """Return the ``forward`` of a class with `rotate` in it; None where it rotates nothing.
 
-    It is a copy of the function that sees another one by the name of `ROTATION`: that of all others stays.
+    It is a copy of the function that finds another one by the name of `ROTATION`: that of all others stays.
     """
     if not isinstance(forward, FunctionType) or ROTATION not in forward.__code__.co_names:
         return None
     plain = forward.__globals__.get(ROTATION)
-    if plain is None or [*signature(plain).parameters] != TOLD or not _rotates(plain):
+    if plain is None or [*signature(plain).parameters] != ROTATION_ARGUMENTS or not _rotates(plain):
         return None
-    seen = {**forward.__globals__, ROTATION: partial(_rotated, plain)}
-    made = FunctionType(forward.__code__, seen, forward.__name__, forward.__defaults__, forward.__closure__)
+    names = {**forward.__globals__, ROTATION: partial(_rotated, plain)}
+    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     made.__kwdefaults__ = forward.__kwdefaults__
     return made
 
@@ -147,11 +171,14 @@ def _rotates(plain: Callable[..., Any]) -> bool:
     cos, sin = _numbers(1, 3, 4) + 2, _numbers(1, 3, 4) + 3
     for kind in (torch.float32, torch.bfloat16):
         query, key = _numbers(1, 2, 3, 4).to(kind), (_numbers(1, 1, 3, 4) + 1).to(kind)
-        expected, made = plain(query, key, cos, sin), _rotated(plain, query, key, cos, sin)
-        if any(one.dtype != other.dtype for one, other in zip(expected, made, strict=True)):
+        try:
+            expected = plain(query, key, cos, sin)
+        except RuntimeError:
+            # Others by that name take other shapes.
             return False
-        if kind == torch.float32 and not all(torch.allclose(*pair) for pair in zip(expected, made, strict=True)):
-            return False
+        for one, other in zip(expected, _rotated(plain, query, key, cos, sin), strict=True):
+            if one.dtype != other.dtype or (kind == torch.float32 and not torch.allclose(one, other)):
+                return False
     return True
 
 
@@ -166,10 +193,12 @@ class _Product(nn.Module):
 
 def _holding(part: nn.Module, **held: Any) -> nn.Module:
     """Return a copy that holds other parameters or modules."""
-    other = copy(part)
-    vars(other).update(held)
+    # What FSDP2 shards makes another module where it is made, and copied.
+    other: nn.Module = object.__new__(type(part))
+    vars(other).update(vars(part), **held)
     return other
 
 
 def _numbers(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    # Whatever type and device are those of new tensors.
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")

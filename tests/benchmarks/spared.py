@@ -4,7 +4,8 @@
 find the same: medians of alternating runs of one thread, in seconds of its own CPU time. Scores read one state of each
 sequence, responses those of their half (`last_block`); adapters are added by `peft`'s layers, and in place
 (`adapted_linear`). Short sequences attend by torch's attention, padded to the longest of them, and by our own in groups
-of similar lengths (`short_attention`, `length_groups`).
+of similar lengths (`short_attention`, `length_groups`). Norms, positions and gates are those of `transformers`, and
+take few passes over memory (`few_passes`).
 """
 
 import argparse
@@ -21,7 +22,7 @@ from common import with_layers_of_peft
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
-from rlhf_lightning.networks import LoRA, by_sequence, length_groups
+from rlhf_lightning.networks import LoRA, by_sequence, few_passes, length_groups
 from rlhf_lightning.networks.adapted_linear import lighten
 from rlhf_lightning.networks.lora import add_adapter, train_adapter
 from rlhf_lightning.networks.unpadded import last_states
@@ -86,6 +87,8 @@ def works(size: dict[str, Any]) -> dict[str, tuple[Callable[[], float], Callable
             work(body, short[1], None, with_attention_of_torch, given=short),
             work(body, short[1], None, given=short),
         ),
+        "few passes": (work(body, mask, None, in_many_passes), work(body, mask, None)),
+        "few passes, adapters": (work(adapted, mask, None, in_many_passes), work(adapted, mask, None)),
     }
 
 
@@ -99,6 +102,12 @@ def by_peft(network: Any) -> Iterator[None]:
 @contextmanager
 def with_attention_of_torch(_: Any) -> Iterator[None]:
     with patch.object(by_sequence, "LONGEST", 0), patch.object(length_groups, "WORTH", 10**9):
+        yield
+
+
+@contextmanager
+def in_many_passes(_: Any) -> Iterator[None]:
+    with patch.object(few_passes, "is_checkpointed", lambda _: True):
         yield
 
 

@@ -45,6 +45,7 @@ Function = Callable[..., Tensor]
     [
         (of_a_norm, norm_by_formula, [(2, 3, 5), (5,)]),
         (of_a_norm, norm_by_formula, [(7, 4), (4,)]),
+        (of_a_norm, norm_by_formula, [(4,), (4,)]),
         (silu_gate, lambda gate, up: silu(gate) * up, [(2, 3, 5), (2, 3, 5)]),
     ],
 )
