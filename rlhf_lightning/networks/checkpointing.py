@@ -31,8 +31,9 @@ def checkpoint_blocks(network: nn.Module) -> None:
 
 
 def is_checkpointed(network: nn.Module) -> bool:
-    """Return whether `checkpoint_blocks` was called on the network or on what it is a copy of."""
-    return any(_is_checkpointed(block) for block in blocks(network))
+    """Return whether blocks are made again, by `checkpoint_blocks`, also of what it is a copy of, or `transformers`."""
+    by_transformers = any(getattr(part, "gradient_checkpointing", False) for part in network.modules())
+    return by_transformers or any(_is_checkpointed(block) for block in blocks(network))
 
 
 def _is_checkpointed(block: nn.Module) -> bool:

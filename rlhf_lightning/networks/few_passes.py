@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from rlhf_lightning.functional.few_passes import rms_norm, rotate, silu_gate
 from rlhf_lightning.networks.checkpointing import is_checkpointed
@@ -58,10 +57,7 @@ def in_few_passes(body: nn.Module) -> Iterator[None]:
 
 def _may_be_replaced(body: nn.Module) -> bool:
     on_cpu = next(body.parameters()).device.type == "cpu"
-    # The blocks of `transformers` have a setting of their own for it.
-    by_transformers = any(getattr(part, "gradient_checkpointing", False) for part in body.modules())
-    runs_again = is_checkpointed(body) or by_transformers
-    return on_cpu and not runs_again and not is_compiled(body)
+    return on_cpu and not is_checkpointed(body) and not is_compiled(body)
 
 
 @torch.no_grad()
@@ -86,7 +82,7 @@ def _replacement(part: Any) -> Callable[..., Any] | None:
 def _normed(norm: Any, states: Tensor) -> Tensor:
     weight = norm.weight
     # Half precision is normed in float32, and rounded before it is weighted.
-    if not states.dtype == weight.dtype == torch.float32 or isinstance(weight, DTensor):
+    if not states.dtype == weight.dtype == torch.float32:
         made: Tensor = type(norm).forward(norm, states)
         return made
     return rms_norm(states, weight, norm.variance_epsilon)
@@ -119,7 +115,7 @@ def _is_rms_norm(part: Any) -> bool:
     names = [name for name, _ in part.named_parameters()]
     if not type(part).__name__.endswith("RMSNorm") or names != ["weight"] or "variance_epsilon" not in vars(part):
         return False
-    if not _reads_one(part):
+    if not _takes_states_alone(part):
         return False
     # Its own weight may be in parts on several processes, or without numbers.
     (size,) = part.weight.shape
@@ -135,7 +131,7 @@ def _is_gated(part: Any) -> bool:
     forward = type(part).forward
     if not isinstance(forward, FunctionType) or set(forward.__code__.co_names) != GATED_PARTS:
         return False
-    if {name for name, _ in part.named_children()} != GATED_PARTS or not _reads_one(part):
+    if {name for name, _ in part.named_children()} != GATED_PARTS or not _takes_states_alone(part):
         return False
     gate, up, down = (_Product(_numbers(4, 4) * factor) for factor in (1, 2, 3))
     stand_ins = {"gate_proj": gate, "up_proj": up, "down_proj": down, "act_fn": part.act_fn}
@@ -144,7 +140,7 @@ def _is_gated(part: Any) -> bool:
     return torch.allclose(made, down(silu_gate(gate(states), up(states))))
 
 
-def _reads_one(part: nn.Module) -> bool:
+def _takes_states_alone(part: nn.Module) -> bool:
     """Return whether states are all that its ``forward`` may be given."""
     return len(signature(type(part).forward).parameters) == 2
 

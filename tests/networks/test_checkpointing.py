@@ -1,16 +1,19 @@
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules import PPOModule
 from rlhf_lightning.networks import LoRA, NetworkConfig, load_policy, load_reward_model
 from rlhf_lightning.networks.checkpointing import checkpoint_blocks, is_checkpointed
+from rlhf_lightning.networks.unpadded import last_states
 
 TOKENS = torch.randint(2, 258, (4, 24), generator=torch.Generator().manual_seed(0))
 
@@ -81,3 +84,19 @@ def test_the_setting_reaches_policy_critic_and_reward_model(tiny_model: Path) ->
 def test_a_network_without_named_blocks_is_an_error() -> None:
     with pytest.raises(InputError, match="gradient_checkpointing=true: Linear does not say"):
         checkpoint_blocks(nn.Linear(2, 2))
+
+
+def test_blocks_that_transformers_makes_again_are_read_as_they_are(policy: Callable[..., Any]) -> None:
+    plain, network = policy().train(), policy().train()
+    for block in network.base_model.layers:
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    assert is_checkpointed(network)
+    mask = torch.arange(24) < torch.tensor([[24], [9], [20], [3]])
+    gradients = []
+    for read in (plain, network):
+        # What is put into a network while it is read is gone when blocks are made again.
+        last_states(read.base_model, TOKENS, mask)[mask].square().mean().backward()
+        gradients.append([weight.grad for weight in read.base_model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)

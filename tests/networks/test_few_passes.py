@@ -78,7 +78,7 @@ def test_states_and_gradients_are_those_of_transformers(kind: str, expected: dic
     assert found == expected
     for one, other in zip(ours, plain, strict=True):
         # A gradient is the sum of many that are larger than it is.
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-6 * float(other.abs().max()) + 1e-6)
 
 
 def test_whoever_reads_states_reads_them_so(policy: Callable[..., Any]) -> None:
@@ -127,12 +127,12 @@ def test_under_autocast_states_move_by_no_more_than_bfloat16_moves_them() -> Non
         assert (one - wanted).norm() <= 1.5 * (other - wanted).norm()
 
 
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
-def test_what_is_found_does_not_depend_on_what_new_tensors_are(kind: torch.dtype) -> None:
+@pytest.mark.parametrize(("kind", "device"), [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")])
+def test_what_is_found_does_not_depend_on_what_new_tensors_are(kind: torch.dtype, device: str) -> None:
     network, before = body(), torch.get_default_dtype()
     torch.set_default_dtype(kind)
     try:
-        with torch.autocast("cpu", dtype=torch.bfloat16), in_few_passes(network):
+        with torch.device(device), torch.autocast("cpu", dtype=torch.bfloat16), in_few_passes(network):
             found = replaced(network)
     finally:
         torch.set_default_dtype(before)
@@ -193,8 +193,8 @@ def test_a_gate_with_another_activation_since_is_that_one() -> None:
     plain = states_and_gradients(network)
     with in_few_passes(network):
         ours = states_and_gradients(network)
-    torch.testing.assert_close(ours[0], plain[0], rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(plain[0], before[0], rtol=1e-2)
+    torch.testing.assert_close(ours[0], plain[0])
+    assert (plain[0] - before[0]).abs().max() > 0.01
 
 
 def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, ...]:
