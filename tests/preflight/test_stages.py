@@ -172,10 +172,13 @@ def test_it_looks_in_the_precision_of_the_run(make: Make, prompts: PromptBatch, 
 
 def test_a_look_takes_seconds(make: Make, prompts: PromptBatch) -> None:
     module = make()
-    # Of the processor: those of the clock depend on what else the machine does.
-    start = time.process_time()
-    check_ppo(module, prompts)
-    assert time.process_time() - start < 3
+    # Of the processor, and the shorter of two: those of the clock depend on what else the machine does.
+    seconds = []
+    for _ in range(2):
+        start = time.process_time()
+        check_ppo(module, prompts)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 3
 
 
 # What the stages are given ----------------------------------------------------
