@@ -172,13 +172,15 @@ def test_it_looks_in_the_precision_of_the_run(make: Make, prompts: PromptBatch, 
 
 def test_a_look_takes_seconds(make: Make, prompts: PromptBatch) -> None:
     module = make()
-    # Of the processor, and the shorter of two: those of the clock depend on what else the machine does.
-    seconds = []
-    for _ in range(2):
-        start = time.process_time()
-        check_ppo(module, prompts)
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 3
+    # Of the processor, and in what a small operation of torch takes now: machines differ, and are slower at times.
+    start = time.process_time()
+    number = torch.zeros(1)
+    for _ in range(100_000):
+        number = number + 1
+    unit = (time.process_time() - start) / 100_000
+    start = time.process_time()
+    check_ppo(module, prompts)
+    assert time.process_time() - start < 1_500_000 * unit
 
 
 # What the stages are given ----------------------------------------------------
