@@ -360,7 +360,7 @@ MUTANTS = (
     ),
     Mutant(
         "the gradient of a norm is that of a product with its scale",
-        "rlhf_lightning/functional/few_passes.py",
+        FUNCTIONAL + "few_passes.py",
         "of_x.addcmul_(normed, along, value=-1 / x.shape[-1]).mul_(scale)",
         "of_x.mul_(scale)",
         ("tests/functional/test_few_passes.py", "tests/networks/test_few_passes.py"),
@@ -368,7 +368,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradients are rotated forward again",
-        "rlhf_lightning/functional/few_passes.py",
+        FUNCTIONAL + "few_passes.py",
         "_turned(gradient, cos, of_second, -of_first)",
         "_turned(gradient, cos, -of_first, of_second)",
         ("tests/functional/test_few_passes.py", "tests/networks/test_few_passes.py"),
@@ -376,7 +376,7 @@ MUTANTS = (
     ),
     Mutant(
         "the gradient of a gate's other factor is that of a product without silu",
-        "rlhf_lightning/functional/few_passes.py",
+        FUNCTIONAL + "few_passes.py",
         "of_up = torch.nn.functional.silu(gate).mul_(gradient)",
         "of_up = gate * gradient",
         ("tests/functional/test_few_passes.py",),
@@ -384,7 +384,7 @@ MUTANTS = (
     ),
     Mutant(
         "the gradient of a norm is rounded to 16 bits under autocast",
-        "rlhf_lightning/functional/few_passes.py",
+        FUNCTIONAL + "few_passes.py",
         "with torch.autocast(x.device.type, enabled=False):",
         "with torch.autocast(x.device.type, dtype=torch.bfloat16):",
         ("tests/functional/test_few_passes.py",),

@@ -36,9 +36,10 @@ def quantization_settings(quantization: Quantization, dtype: torch.dtype) -> dic
 
 
 def check_blocks(network: nn.Module) -> None:
-    """Raise `InputError` for rows that are no multiple of a block of nf4: on CPUs `bitsandbytes` reads them wrongly.
+    """Raise `InputError` for rows that are no multiple of a block of nf4, which `bitsandbytes` reads wrongly on a CPU.
 
-    It takes the scale of another block for what crosses a row's end (0.50.2).
+    With AVX-512 it takes the scale of another block for what crosses a row's end (0.50.2). Other CPUs refuse them, too:
+    what a run can be must not depend on which of them it finds.
     """
     layers: Any = network.named_modules()
     for name, layer in layers:

@@ -91,7 +91,7 @@ def test_the_reason_for_that_bitsandbytes_garbles_rows_that_are_no_multiple_of_a
     weights = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
     apart = (dequantize_4bit(*quantize_4bit(weights, quant_type="nf4")) - weights).view(-1, 64).abs()
     largest = weights.view(-1, 64).abs().amax(dim=1, keepdim=True)
-    # Its kernel for AVX-512 does so, which others do not have.
+    # Its kernel for AVX-512 does so; that of other CPUs reads them right.
     is_right = width % 64 == 0 or torch.backends.cpu.get_cpu_capability() != "AVX512"
     # The widest gap between two values of nf4 is .304 of the largest.
     assert bool((apart <= 0.153 * largest).all()) == is_right
